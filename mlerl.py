@@ -35,29 +35,13 @@ Contents
 """
 from __future__ import annotations
 
-import ast
-import collections
-import contextlib
-import copy
-import dataclasses
-import errno
-import fcntl
-import hashlib
-import io
-import json
-import math
-import os
-import pathlib
-import random
-import re
-import secrets
-import shutil
-import sys
-import time
+import ast, atexit, base64, collections, contextlib, copy, ctypes, dataclasses, errno, fcntl
+import gc, glob, hashlib, importlib, inspect, io, itertools, json, math, os, pathlib, queue
+import random, re, resource, secrets, select, shutil, signal, socket, stat, struct, subprocess
+import sys, tempfile, threading, time, types
 from typing import Literal
 
 import prompts
-
 
 def import_libraries():
     """Bind the large libraries as globals, once arguments are parsed: `--help` and the processes
@@ -74,14 +58,11 @@ def import_libraries():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-
-class UserError(Exception):
+class UserError(ValueError):
     """What the user can put right, in one line that says what is wrong and what to do."""
-
 
 # --------------------------------------------------------------------------------------------------
 # §1 Config and Attempt (Table 3)
-# --------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every hyperparameter and option. Defaults are the paper's (Table 3); `--preset tiny` changes
@@ -163,19 +144,17 @@ class Config:
     eval_samples: int = 128  # samples of an evaluation (Sec. 4.1)
     save_every: int = 10  # iterations between checkpoints (CHOICE)
 
-
 # CHOICE: the tiny policy's settings. Only the first line is about scale; README gives the reasons
 # for the rest and shows the paper's own settings beside them.
 PRESETS = {
     "paper": {},
     "tiny": dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-                 sft_steps=400, sft_lr=2e-3, iterations=40, batch_size=64, mini_batch=64,
-                 micro_batch=64, max_prompt_tokens=384, max_response_tokens=256,
-                 lr=1e-4, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=3,
-                 reward="bounded", timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64,
-                 reuse=True),
+                 sft_steps=400, sft_lr=2e-3, iterations=40, batch_size=64, mini_batch=32,
+                 micro_batch=8, max_prompt_tokens=384, max_response_tokens=256,
+                 lr=2e-4, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
+                 reward="bounded", duration="none", timeout=20.0, cpu_limit=15.0, memory_gb=2.0,
+                 disk_mb=64, reuse=True),
 }
-
 
 @dataclasses.dataclass
 class Attempt:
@@ -211,10 +190,8 @@ class Attempt:
     def valid(self):
         return self.outcome == "ok"
 
-
 # --------------------------------------------------------------------------------------------------
 # §2 Algorithm 1
-# --------------------------------------------------------------------------------------------------
 def train(cfg, D, learner, sampler, env, maker, run, state):
     """Algorithm 1 with a PPO update. `state` is a checkpoint's (§13) or a new one.
 
@@ -229,13 +206,13 @@ def train(cfg, D, learner, sampler, env, maker, run, state):
         env.submit(a)
     bar = run.bar(N * B, "training", state.iteration * B)
     for i in range(state.iteration, N):                                       # l. 1
-        clock = Clock()
-        s = draw_prompts(D, D_prev, round(wanted) - env.in_flight, maker, state, cfg.p_improve)  # l. 2
+        began = time.monotonic()
+        s = draw_prompts(D, D_prev, round(wanted) - len(env.unfinished()), maker, state, cfg.p_improve)  # l. 2
         for a in sampler.sample(s, learner.actor, version=i):                 # l. 3: a ~ pi(.|s)
             env.submit(a)                                                     # l. 4: s' ~ P(s, env-inst(a))
-        clock.lap("sample_s")
+        sampled = time.monotonic()
         batch, lost = env.collect(B, i, keep, bar.update)                     # l. 5: R and dt of B executions
-        clock.lap("execute_s")
+        executed = time.monotonic()
         x = assemble(batch, learner, cfg)                                     # tokens, log-probs, V
         r = shape_rewards(x.R, x.logp_old, x.logp_ref, x.mask, cfg.kl_coef)
         A, returns = gae(r, x.V, x.mask, cfg.gamma, cfg.lam)
@@ -243,19 +220,18 @@ def train(cfg, D, learner, sampler, env, maker, run, state):
         w = duration_weights([a.dt for a in batch], cfg)                      # l. 6: dt / mean dt (Eq. 3)
         stats = update(learner, x, A, w, returns, cfg, i)                     # l. 7
         D_prev = [a for a in batch if a.valid]                                # l. 8: replaced each time
-        clock.lap("update_s")
 
         state.iteration, state.D_prev, state.in_flight = i + 1, D_prev, env.unfinished()
-        run.log(batch, state, clock.laps | iteration_metrics(
-            i, batch, lost, x, w, returns, stats, env))
+        state.executions = env.executions
+        row = iteration_metrics(i, batch, lost, x, w, returns, stats, env)
+        run.log(batch, state, row | dict(sample_s=sampled - began, execute_s=executed - sampled,
+                                         update_s=time.monotonic() - executed))
         if (i + 1) % cfg.save_every == 0 or i + 1 == N:
             run.save(learner, state)
     bar.close()
 
-
 # --------------------------------------------------------------------------------------------------
 # §3 Tasks and prompts (Alg. 1 l. 2 and 8, Sec. 3.3)
-# --------------------------------------------------------------------------------------------------
 def open_tasks(cfg):
     """D: {name: record of tasks.json}, to which its data is added: `standin` (bool), `public` and
     `private` folder, `truth` (answers, a table), `rows` and `report_rows` (bool masks over the
@@ -265,16 +241,18 @@ def open_tasks(cfg):
         try:
             task = dict(grade.load_task(name.strip()))
             task["standin"] = grade.ensure_data(task, cfg.data_dir, cfg.raw or None)
+            task["public"], task["private"] = grade.paths(task, cfg.data_dir)
+            task["truth"] = grade.read_answers(task, task["private"] / task["answers"])
+            fold = np.random.default_rng(cfg.seed).random(len(task["truth"])) < cfg.report_fold
+            task["rows"] = ~fold
+            task["report_rows"] = fold if cfg.report_fold else ~fold  # 0: the paper's protocol
+            for rows in (task["rows"], task["report_rows"]):  # can they be graded at all?
+                with contextlib.suppress(grade.InvalidSubmission):
+                    grade.grade(task, task["public"] / task["sample"], task["truth"], rows)
         except grade.DataError as problem:
-            raise UserError(str(problem))
-        task["public"], task["private"] = grade.paths(task, cfg.data_dir)
-        task["truth"] = grade.read_answers(task, task["private"] / task["answers"])
-        held_out = np.random.default_rng(cfg.seed).random(len(task["truth"])) < cfg.report_fold
-        task["rows"] = ~held_out
-        task["report_rows"] = held_out if cfg.report_fold else ~held_out  # 0: the paper's protocol
+            raise UserError(problem)
         D[task["name"]] = task
     return D
-
 
 class PromptMaker:
     """Turns tasks and earlier attempts into token ids that fit `max_prompt_tokens`."""
@@ -316,7 +294,6 @@ class PromptMaker:
         self.skipped += 1
         return Attempt(task["name"], "solve", self.solve_ids[task["name"]])
 
-
 def draw_prompts(D, D_prev, n, maker, state, p_improve):
     """n prompts s from D u D_prev (Alg. 1 l. 2): tasks evenly, improve with p_improve (Sec. 3.3).
     CHOICE: while D_prev has nothing of a task, its prompts are from scratch."""
@@ -332,18 +309,14 @@ def draw_prompts(D, D_prev, n, maker, state, p_improve):
     state.drawn += len(drawn)
     return drawn
 
-
 # --------------------------------------------------------------------------------------------------
 # §4 Sampling (Alg. 1 l. 3)
-# --------------------------------------------------------------------------------------------------
 class HFSampler:
     """Samples with transformers. A sampler has one method, `sample`, that yields each attempt as
     soon as its response is there: programs start to run before sampling ends."""
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.eos = cfg, tokenizer, tokenizer.eos_token_id
-        # All that a checkpoint's own generation_config might change (a repetition penalty, say) is
-        # set here: programs must come from the very policy whose log-probs are computed.
         self.generation = transformers.GenerationConfig(
             do_sample=True, temperature=cfg.temperature, top_k=max(0, cfg.top_k), top_p=cfg.top_p,
             repetition_penalty=1.0, max_new_tokens=cfg.max_response_tokens, pad_token_id=self.eos,
@@ -367,28 +340,23 @@ class HFSampler:
                 a.logp = row[keep].tolist()
             yield from chunk
 
-
 def parse_response(text):
     """(plan, code): the text before the first closed fenced block, and what stands in the block."""
-    block = re.search(r"^```(?:python|py)?[ \t]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    block = re.search(r"^```\w*[ \t]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return (text[:block.start()].strip(), block.group(1)) if block else (text.strip(), "")
-
 
 # --------------------------------------------------------------------------------------------------
 # §5 Environment instrumentation (Alg. 1 l. 4, Sec. 3.2, App. C.3)
-# --------------------------------------------------------------------------------------------------
 MODEL = re.compile(r"Classifier|Regress|Ridge|Lasso|NB$|SV[CR]$|SearchCV|Neighbors|[Mm]odel|Net$|"
                    r"Sequential|[Pp]ipeline|Tree|Forest|Boost")
 LOAD = {"read_csv", "read_json", "read_parquet", "load", "loads", "open"}
 PREDICT = {"predict", "predict_proba", "predict_log_proba", "decision_function"}
 LOSS = "loss|auc|acc|accuracy|score|error|rmse|mse|mae|logloss|kappa|f1"
 
-
 def calls(node):
     """Names of all that a statement calls, as in {"read_csv", "fit"}."""
     return {getattr(c.func, "attr", getattr(c.func, "id", "")) for c in ast.walk(node)
             if isinstance(c, ast.Call)}
-
 
 def milestones(tree):
     """Yields (marker, the statement after which it is reached, name of a loss or None).
@@ -419,7 +387,6 @@ def milestones(tree):
         yield from ((marker, n, n.targets[0].id) for n in simple if isinstance(n, ast.Assign)
                     and isinstance(n.targets[0], ast.Name) and name.fullmatch(n.targets[0].id))
 
-
 def instrument(code, secret, cfg):
     """The program with a print after each milestone (Sec. 3.2); as it is if it does not parse.
 
@@ -436,118 +403,635 @@ def instrument(code, secret, cfg):
         indent = lines[node.lineno - 1][:node.col_offset]
         alone = not indent.strip() and ";" not in lines[node.end_lineno - 1][node.end_col_offset:]
         if alone and not starts & set(range(node.lineno + 1, node.end_lineno + 1)):
-            text = f"{secret} {marker}"
-            inserts.append((node.end_lineno, f"{indent}try: print({text!r}, {loss or repr('')})\n"
-                                             f"{indent}except Exception: pass"))
+            words = f"'{secret} {marker}'" + (f", {loss}" if loss else "")
+            inserts.append((node.end_lineno,
+                            f"{indent}try: print({words})\n{indent}except Exception: pass"))
     for line, text in sorted(inserts, reverse=True):
         lines.insert(line, text)
     return "\n".join(lines)
 
-
 # --------------------------------------------------------------------------------------------------
 # §6 Execution (Alg. 1 l. 4-5)
-# --------------------------------------------------------------------------------------------------
+#
+# Programs are hostile: in search of reward they find the answers if they can. The trainer, which
+# alone knows the answers, hands a program to a worker, one a slot; the worker starts it, watches it
+# and kills all that it leaves. Walls, as far as the machine has them, are put up by the program's
+# process around itself, before the first line of untrusted code:
+#   user id     one a slot where the trainer is root: files, signals, /proc
+#   namespaces  own process ids, network, System V memory, /dev/shm; all else is mounted read-only
+#   Landlock    a list of folders that may be read or written; no TCP, signals or tracing outward
+# Not stopped: kernel bugs, side channels, what a program grabs between two looks (LOOK), UNIX
+# sockets in the file system, and marks forged by reading its own source: at most 0.7 over -10.
+# Without namespaces also UDP, System V memory that stays; without a user id as well, chmod.
+WALLS = [(True, True, True), (True, False, True), (False, True, True), (False, False, True),
+         (True, False, False), (False, False, False)]  # best first
+LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds between looks; files; bytes
+PRELOAD = """numpy pandas scipy.sparse joblib sklearn.compose sklearn.ensemble sklearn.linear_model
+    sklearn.feature_extraction.text sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
+    sklearn.neural_network sklearn.pipeline sklearn.preprocessing sklearn.svm sklearn.tree
+    sklearn.decomposition lightgbm xgboost""".split()
+
 @dataclasses.dataclass
 class Result:
-    outcome: str
-    exit: int | None = None
-    dt: float | None = None
-    cpu: float = 0.0
-    output: str = ""
-    marks: list[str] = dataclasses.field(default_factory=list)
+    """How a program ended. No word of its output is believed: forging one may change the name of
+    its own failure, never make it a success."""
+
+    outcome: str  # see OUTCOMES; "ok" here: ended without error and left a submission
+    exit: int | None = None  # exit status, or minus the signal
+    dt: float | None = None  # wall seconds from fork to exit; a timeout counts its limit
+    output: str = ""  # stdout and stderr, head and tail, without the secret
+    marks: list[str] = dataclasses.field(default_factory=list)  # what our own prints said
     submission: bytes | None = None
 
+def libc(name, *args):
+    """Call the C library; OSError where the function fails or is missing (macOS)."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    args = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    value = function(*args) if function and sys.platform == "linux" else -1
+    if value == -1:
+        raise OSError(ctypes.get_errno(), f"{name} failed or is missing on this system")
+    return value
+
+def landlock(readable, writable):
+    """Restrict this process and its children to these paths for good (Linux 5.13); no TCP from
+    6.7, no signals to processes outside from 6.12."""
+    create, add, restrict = 444, 445, 446  # system calls, the same on all architectures
+    abi = libc("syscall", create, None, 0, 1)
+    rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1  # all that this kernel knows
+    rules = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    ruleset = libc("syscall", create, rules, len(rules), 0)
+    read, for_files = 1 << 0 | 1 << 2 | 1 << 3, 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
+    for path in filter(os.path.exists, [*readable, *writable]):
+        fd = os.open(path, os.O_PATH)
+        mask = (rights if path in writable else read) & (rights if os.path.isdir(path) else for_files)
+        libc("syscall", add, ruleset, 1, struct.pack("=Qi", mask & rights, fd), 0)
+        os.close(fd)
+    libc("syscall", restrict, ruleset, 0)
+
+def own_namespaces(work):
+    """Move to new user, process-id, network, IPC and mount namespaces, where only `work` can be
+    written. Forks: this process stays behind as the parent of process 1 and ends as that ends."""
+    uid, gid, work = os.getuid(), os.getgid(), os.fsencode(work)
+    libc("unshare", 0x10000000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
+                       ("gid_map", f"{gid} {gid} 1")):
+        pathlib.Path("/proc/self", name).write_text(text)
+    bind, recursive, private, no_suid_dev = 1 << 12, 1 << 14, 1 << 18, 2 | 4
+    libc("mount", b"none", b"/", None, private | recursive, None)
+    libc("mount", work, work, None, bind, None)
+    for path, on, off, flags in ((b"/", 1, 0, 0x8000), (work, 0, 1, 0)):  # read-only, recursively
+        libc("syscall", 442, -100, path, flags, struct.pack("QQQQ", on, off, 0, 0), 32)
+    for path in (b"/dev/shm", b"/run"):  # in /run are the sockets of the system's services
+        libc("mount", b"tmpfs", path, b"tmpfs", no_suid_dev, b"size=256m")
+    pid = os.fork()
+    if pid:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code < 0:
+            os.kill(os.getpid(), -code)
+        os._exit(code & 255)
+    end_with_parent()
+    with contextlib.suppress(OSError):  # not in most containers; Landlock then guards the old one
+        libc("mount", b"proc", b"/proc", b"proc", no_suid_dev, None)
+
+def end_with_parent():
+    """Have this process killed when its parent ends."""
+    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)
+
+def confine(cfg, job, work):
+    """Put up the walls around this process; everything it starts stays inside."""
+    by_uid, namespaces, by_landlock = job["walls"]
+    os.setsid()
+    linux = sys.platform == "linux"
+    if linux:  # if memory runs out all the same, this is what the kernel kills
+        pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
+    if by_uid:
+        os.setgroups([])
+        os.setresgid(*[job["uid"]] * 3)
+        os.setresuid(*[job["uid"]] * 3)
+        libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc again
+    if linux:
+        end_with_parent()
+    if namespaces:
+        own_namespaces(work)
+    os.chdir(work)
+    # DATA, not AS: numpy reserves addresses that it never touches. NPROC counts all of a user's
+    # threads, so that without own ids or namespaces only `too_much` can be strict.
+    procs = cfg.max_procs if by_uid or namespaces else cfg.max_procs + 4096
+    for name, limit in dict(CORE=0, CPU=math.ceil(cfg.cpu_limit), FSIZE=cfg.disk_mb << 20,
+                            NOFILE=1024, DATA=int(cfg.memory_gb * 2 ** 30), NPROC=procs).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
+    if linux:
+        libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
+        libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: nor through setuid programs
+    if by_landlock:
+        devices = ["/dev/" + name for name in ("null", "zero", "full", "random", "urandom")]
+        devices += glob.glob("/dev/nvidia*") if cfg.program_gpu else []
+        devices += ["/dev/shm"] if namespaces or by_uid else []  # else it is everybody's
+        system = ["/usr", "/bin", "/lib", "/lib64", "/proc", "/sys/devices/system", "/sys/fs/cgroup"]
+        system += ["/etc/" + name for name in ("alternatives", "fonts", "group", "ld.so.cache",
+                                               "localtime", "nsswitch.conf", "passwd")]
+        landlock([*system, *map(os.path.realpath, filter(None, sys.path)), sys.prefix,
+                  sys.base_prefix, job["public"]], [str(work), *devices])
+
+def become_program():
+    """Run ./program.py in this forked process as `python -u program.py` would. Never returns."""
+    for module in ("numpy.random", "torch"):
+        if module in sys.modules:  # else all forks would draw the same numbers
+            sys.modules[module].seed()
+    main_module = types.ModuleType("__main__")  # pickling and multiprocessing look for a real one
+    main_module.__file__ = os.path.abspath("program.py")
+    sys.modules["__main__"], sys.argv = main_module, ["program.py"]
+    sys.path.insert(0, os.getcwd())
+    code = 1
+    try:
+        source = pathlib.Path("program.py").read_bytes()
+        exec(compile(source, main_module.__file__, "exec", dont_inherit=True), main_module.__dict__)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException as error:  # printed without the frame of this function
+        error.__traceback__ = error.__traceback__.tb_next
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        with contextlib.suppress(BaseException):  # what the interpreter does at its end
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            main_module.__dict__.clear()  # closes, so writes, forgotten files
+            gc.collect()
+        os._exit(code & 255)
+
+def start(cfg, job, work, output, failed):
+    """Fork the program's process; returns its id. It prints to the file `output`. What is written
+    to the pipe `failed`, closed before the program's first line, says why it could not start."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for fd, source in ((0, null), (1, output), (2, output), (3, failed)):
+            os.dup2(source, fd, inheritable=fd < 3)
+        os.closerange(4, 1024)  # a fork inherits everything, also the trainer's socket
+        os.environ.update(HOME=str(work), TMPDIR=f"{work}/tmp")
+        confine(cfg, job, work)
+        if job["forked"]:
+            os.close(3)
+            become_program()
+        os.execv(sys.executable, [sys.executable, "-u", "program.py"])
+    except BaseException as error:
+        os.write(3, repr(error).encode())
+    finally:
+        os._exit(77)
+
+def family():
+    """Ids of all processes below this one (Linux)."""
+    found, todo = [], [os.getpid()]
+    while todo:
+        pid = todo.pop()
+        with contextlib.suppress(OSError):  # ended meanwhile
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{thread}/children") as file:
+                    children = [int(child) for child in file.read().split()]
+                found, todo = found + children, todo + children
+    return found
+
+def kill_all(first):
+    """Kill and reap everything below this process; orphans are ours, since we are a subreaper."""
+    patience = time.monotonic() + 20
+    if sys.platform != "linux":  # `family` finds nothing there
+        with contextlib.suppress(OSError):
+            os.killpg(first, signal.SIGKILL)
+    while time.monotonic() < patience:
+        for pid in family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.0002)
+    raise OSError("processes of a program survive SIGKILL")
+
+def too_much(cfg, work):
+    """"memory" or "crash" where processes or files exceed the limits or are hidden, else ""."""
+    size, files, todo = 0, 0, [work]
+    while todo:
+        try:
+            with os.scandir(todo.pop()) as entries:
+                for entry in itertools.islice(entries, MAX_FILES):
+                    files, size = files + 1, size + entry.stat(follow_symlinks=False).st_blocks * 512
+                    todo += [entry.path] if entry.is_dir(follow_symlinks=False) else []
+        except FileNotFoundError:  # removed meanwhile
+            pass
+        except OSError:  # closed to us, or too deep
+            return "crash"
+        if files > MAX_FILES or size > cfg.disk_mb << 20:
+            return "crash"
+    pids, used = family(), 0
+    for pid in pids:
+        try:
+            found = re.search(r"Pss: +(\d+)", open(f"/proc/{pid}/smaps_rollup").read())
+            used += int(found.group(1)) << 10  # PSS: pages that forks share are divided
+        except PermissionError:  # a process can make itself unreadable
+            return "memory"
+        except (OSError, AttributeError):  # ended meanwhile
+            pass
+    return "memory" if used > cfg.memory_gb * 2 ** 30 else "crash" * (len(pids) > cfg.max_procs)
+
+def watch(cfg, number, pid, work, wake, sock):
+    """Wait until the program's first process ends or must end: (exit status or None, why)."""
+    now = time.monotonic()
+    end, look = now + cfg.timeout, now + LOOK
+    while now < end:
+        ready = select.select([wake, sock], [], [], max(0, min(look, end) - now))[0]
+        if sock in ready and receive(sock) in (None, number):  # the trainer is gone or takes it back
+            return None, "cancelled"
+        ended = wake in ready and os.read(wake, 512)  # a child: the program, or an orphan of it
+        while ended:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            if ended == pid:
+                return os.waitstatus_to_exitcode(status), ""
+        now = time.monotonic()
+        if now >= look:
+            if why := too_much(cfg, work):
+                return None, why
+            look = time.monotonic() + LOOK
+    return None, "timeout"
+
+def execute(cfg, job, slot, wake, sock):
+    """Run one program in a new work folder; returns a Result, its submission in base64."""
+    work, log = slot / "work", slot / "output"
+    (work / "tmp").mkdir(parents=True)
+    (work / "program.py").write_bytes(job["code"].encode(errors="replace"))
+    (work / job["task"]).symlink_to(pathlib.Path(job["public"], job["task"]))
+    if job["walls"][0]:
+        for path in (work, work / "tmp", work / "program.py"):
+            os.chown(path, job["uid"], job["uid"])
+    (failed, failed_end), spent, began = os.pipe(), os.times(), time.monotonic()
+    with open(log, "ab") as output, open(failed, "rb") as failed, open(failed_end, "wb") as end:
+        pid = start(cfg, job, work, output.fileno(), end.fileno())
+        try:
+            status, why = watch(cfg, job["number"], pid, work, wake, sock)
+            dt = cfg.timeout if why == "timeout" else time.monotonic() - began
+        finally:
+            kill_all(pid)
+        end.close()
+        if trouble := failed.read(1000):
+            raise OSError(trouble.decode(errors="replace"))
+    data = read_submission(work / "submission.csv") if status == 0 else None
+    text, marks = read_output(log, job["secret"].encode(), cfg.output_kb << 10)
+    if not why and status:
+        cpu = sum(os.times()[2:4]) - sum(spent[2:4])
+        late = status in (-signal.SIGXCPU, -signal.SIGKILL) and cpu >= cfg.cpu_limit - 1
+        why = "timeout" if late else name_failure(text)
+    return Result(why or ("no_submission" if data is None else "ok"), status, dt,
+                  text.replace(f"{work}/", ""), marks,
+                  None if data is None else base64.b64encode(data).decode())
+
+def name_failure(text):
+    """The outcome's word for an uncaught exception, from the traceback at the end of the output."""
+    error = (re.findall(r"^([\w.]*(?:Error|Exception|Interrupt))(?::|$)", text, re.M) or [""])[-1]
+    if error in ("SyntaxError", "IndentationError", "TabError") and "Traceback (" not in text:
+        return "syntax"
+    return ("import" if error in ("ImportError", "ModuleNotFoundError") else
+            "memory" if error.endswith("MemoryError") else "crash")
+
+def read_output(log, secret, limit):
+    """(head and tail of what a program printed, the marks in it). All of it is searched for marks;
+    one behind a quote is only a traceback's view of an inserted line."""
+    import mmap
+    if not log.stat().st_size:
+        return "", []
+    with open(log, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = re.finditer(rb"(?<!['\"])" + secret + rb" ([^\r\n]{0,200})", data)
+        marks = [m[1].decode(errors="replace") for m in itertools.islice(found, 64)]
+        edge = limit // 2 + len(secret)
+        parts = [data[:]] if len(data) <= 2 * edge else [data[:edge], data[-edge:]]
+        parts = [re.sub(secret + b" ?", b"", part) for part in parts]
+        if len(parts) == 2:  # without what may be half of a secret
+            cut = f"\n... {len(data) - limit} bytes cut ...\n".encode()
+            parts = [parts[0][:-len(secret)], cut, parts[1][len(secret):]]
+    return b"".join(parts).decode(errors="replace"), marks
+
+def read_submission(path):
+    """Bytes of a submission or None, once all of the program's processes are dead. A link of either
+    kind (to the answers?), a FIFO, a device, a folder and a gigantic file are none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with open(fd, "rb") as file:
+        info = os.fstat(fd)
+        plain = stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION
+        return file.read(MAX_SUBMISSION) if plain else None
+
+def clean(slot, job):
+    """Delete what a program leaves, in whatever state: closed folders, or thousands of them nested."""
+    try:
+        os.unlink(slot / "output")
+        shutil.rmtree(slot / "work")
+    except (OSError, RecursionError):
+        subprocess.run("chmod -R u+rwX .; rm -rf work output", shell=True, cwd=slot, stderr=subprocess.DEVNULL)
+    if job["walls"][:2] == [True, False]:  # /dev/shm is everybody's, the user id is not
+        subprocess.run(["find", "/dev/shm", "-user", str(job["uid"]), "-delete"])
+
+def send(sock, message):
+    """A message as JSON behind its length, so that no more than it is ever read."""
+    data = json.dumps(message).encode()
+    sock.sendall(struct.pack("Q", len(data)) + data)
+
+def receive(sock):
+    """The next message; None where the other side is gone."""
+    head = sock.recv(8, socket.MSG_WAITALL)
+    size = struct.unpack("Q", head)[0] if len(head) == 8 else 0
+    data = sock.recv(size, socket.MSG_WAITALL) if size else b""
+    return json.loads(data) if data and len(data) == size else None
+
+def worker():
+    """A slot's process: takes jobs from the socket on stdin, until it closes. A number instead of a
+    job takes that job back: by then it may have ended."""
+    sock, slot = socket.socket(fileno=0), pathlib.Path.cwd()
+    del sys.path[0]  # this file's folder, in which data and runs may lie: closed to programs
+    os.umask(0o077)
+    wake, wake_end = os.pipe()
+    os.set_blocking(wake_end, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler nothing would wake us
+    signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+    with contextlib.suppress(OSError):
+        libc("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: nothing gets out of sight
+    preloaded = False
+    while (job := receive(sock)) is not None:
+        if isinstance(job, int):
+            continue
+        if job["forked"] and not preloaded:
+            for name in PRELOAD:  # imports only: after computing, forks would miss its threads
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
+            gc.collect()
+            gc.freeze()  # the collector must not touch, hence copy, pages that forks share
+            preloaded = True
+        try:
+            result = execute(types.SimpleNamespace(**job["limits"]), job, slot, wake, sock)
+        except OSError as error:
+            result = Result("infra", output=str(error))
+        clean(slot, job)
+        with contextlib.suppress(OSError):
+            send(sock, dataclasses.asdict(result))
+    subprocess.run(["rm", "-rf", slot.parent], stderr=subprocess.DEVNULL)  # the trainer is gone
+
+# A small real attack by a program of our own. What it prints was possible.
+PROBE = """
+import os, socket
+def attack(name, act, *args):
+    try:
+        act(*args)
+        print("possible:", name)
+    except OSError:
+        pass
+for path in {answers!r}:
+    attack("answers", os.open, path, os.O_RDONLY)
+attack("trainer", os.kill, {trainer}, 0)
+attack("trainer", open, "/proc/{trainer}/environ")
+attack("files", os.utime, {victim!r})
+attack("files", os.remove, {victim!r})
+for path in {home!r}:
+    attack("home", os.listdir, path)
+attack("network", socket.create_connection, ("127.0.0.1", {port}), 1)
+attack("network", socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))
+import pandas, sklearn.linear_model
+sklearn.linear_model.LogisticRegression().fit([[0.0], [1.0]], [0, 1])
+open("submission.csv", "w").close()
+"""
+CLAIMS = {"answers": "private answers cannot be read",
+          "trainer": "the trainer cannot be stopped or looked into",
+          "files": "nothing outside its folder can be changed",
+          "home": "home and run folder cannot be listed", "network": "no network"}
 
 class Pool:
-    pass
+    """Runs programs, cfg.workers at a time. A thread a slot hands jobs to the slot's worker, so that
+    workers go on while the trainer samples or updates.
 
+    public: {task: folder that programs see}, staged as a copy; private: folders they must not see.
+    `report` says in words what was found to hold. Raises UserError where the answers or the trainer
+    cannot be protected and cfg.unsafe_exec is not set.
+    """
+
+    def __init__(self, cfg, public, private, secret):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.count, self.python = cfg.workers or cores, cfg.python or sys.executable
+        self.threads = str(cfg.threads or max(1, cores // self.count))
+        self.jobs, self.results, self.number = queue.SimpleQueue(), queue.SimpleQueue(), itertools.count()
+        self.lock = threading.Lock()  # guards the next three
+        self.wanted = {}  # job number -> key
+        self.running = {}  # job number -> (slot, when it began)
+        self.workers = {}  # slot -> (process, socket)
+        self.uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
+        self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
+        try:
+            self.stage.chmod(0o711)
+            for task, folder in public.items():
+                shutil.copytree(folder, self.stage / "public" / task / "prepared" / "public")
+            subprocess.run(["chmod", "-R", "u+rwX,go=rX", self.stage / "public"], check=True)
+            limits = "timeout cpu_limit memory_gb disk_mb output_kb max_procs program_gpu".split()
+            self.job = dict(secret=secret, public=str(self.stage / "public"),
+                            limits={name: getattr(cfg, name) for name in limits})
+            for slot in range(self.count):
+                threading.Thread(target=self.serve, args=(slot,), daemon=True).start()
+            self.report = self.choose(cfg, next(iter(public)), private)
+        except BaseException:
+            self.close()
+            raise
+
+    def choose(self, cfg, task, private):
+        """Take the first walls that withstand PROBE, with forked interpreters if those work."""
+        victim, home = self.stage / "victim", [os.path.expanduser("~"), os.path.abspath(cfg.run)]
+        answers = [path for folder in private for path in (folder, *pathlib.Path(folder).rglob("*"))]
+        answers = [str(path) for path in [*answers, *filter(None, [cfg.raw])]]
+        limits = self.job["limits"]
+        for walls, forked in itertools.product(WALLS, (not cfg.fresh_interpreters, False)):
+            if walls[0] and os.getuid():
+                continue
+            victim.touch()
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                code = PROBE.format(answers=answers, trainer=os.getpid(), victim=str(victim),
+                                    home=home, port=server.getsockname()[1])
+                self.job |= dict(walls=walls, forked=forked,
+                                 limits=limits | dict(timeout=60, cpu_limit=60))
+                self.submit("probe", task, code)
+                _, result = self.wait()
+            self.job["limits"] = limits
+            possible = set(re.findall(r"possible: (\w+)", result.output))
+            if result.outcome == "ok" and (cfg.unsafe_exec or not possible & {"answers", "trainer"}):
+                names = [n for n, on in zip(("user ids", "namespaces", "Landlock"), walls) if on]
+                return [f"{self.count} at once, {self.threads} thread(s) each, "
+                        + ("forked with the usual imports" if forked else "fresh interpreters"),
+                        f"enforced ({', '.join(names) or 'nothing'}): "
+                        + "; ".join(CLAIMS[c] for c in CLAIMS if c not in possible),
+                        *("NOT enforced here: " + CLAIMS[c] for c in CLAIMS if c in possible)]
+        raise UserError(f"programs cannot run safely here ({result.outcome}: {result.output[-200:]}): "
+                        "run as root, or where user namespaces or Landlock (Linux 6.12) work, or "
+                        "accept the risk with --unsafe-exec")
+
+    def serve(self, slot):
+        """Thread of a slot: one job after another; a second time where it failed by our fault."""
+        while (number_job := self.jobs.get()) is not None:
+            number, job = number_job
+            for _ in range(2):
+                result = self.hand_over(slot, number, job | dict(number=number, uid=self.uid + slot))
+                if result.outcome != "infra":
+                    break
+            self.results.put((number, result))
+
+    def hand_over(self, slot, number, job):
+        """Have a slot's worker run a job; starts a worker where there is none alive."""
+        try:
+            with self.lock:
+                if number not in self.wanted:
+                    return Result("cancelled")
+                if slot not in self.workers or self.workers[slot][0].poll() is not None:
+                    self.workers[slot] = self.start_worker(slot)
+                process, sock = self.workers[slot]
+                self.running[number] = slot, time.monotonic()
+                send(sock, job)
+            result = Result(**receive(sock))
+        except (OSError, TypeError):  # the worker is dead
+            process.kill()
+            process.wait()
+            result = Result("infra", output="a worker died")
+        with self.lock:
+            self.running.pop(number, None)
+        if result.submission is not None:
+            result.submission = base64.b64decode(result.submission)
+        return result
+
+    def start_worker(self, slot):
+        """Start a worker with a clean environment; it ends when its socket closes."""
+        folder = self.stage / f"slot{slot}"
+        subprocess.run(["rm", "-rf", folder], check=True)  # of a worker that died
+        folder.mkdir(mode=0o711)
+        ours, theirs = socket.socketpair()
+        env = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
+        env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
+                    PYTHONUSERBASE=os.path.expanduser("~/.local"))
+        env |= {f"{name}_NUM_THREADS": self.threads for name in ("OMP", "OPENBLAS", "MKL")}
+        process = subprocess.Popen([self.python, "-u", os.path.abspath(__file__), "_worker"],
+                                   stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder, env=env,
+                                   start_new_session=True)
+        theirs.close()
+        return process, ours
+
+    def submit(self, key, task, code):
+        """Queue a program under a key of the caller's; never blocks."""
+        number = next(self.number)
+        self.wanted[number] = key
+        self.jobs.put((number, self.job | dict(task=task, code=code)))
+
+    def wait(self):
+        """(key, Result) of the next program that ends; blocks."""
+        while True:
+            number, result = self.results.get()
+            with self.lock:
+                if number in self.wanted:  # else it was cancelled
+                    return self.wanted.pop(number), result
+
+    def cancel(self):
+        """Forget all programs, kill those that run; returns the seconds that each of those ran."""
+        with self.lock:
+            wanted, self.wanted = self.wanted, {}
+            running = {n: began for n, began in self.running.items() if n in wanted}
+            for number, (slot, _) in running.items():
+                with contextlib.suppress(OSError):
+                    send(self.workers[slot][1], number)
+        return [time.monotonic() - began for _, began in running.values()]
+
+    def close(self):
+        """End all workers and what they run."""
+        self.cancel()  # so that no thread starts another worker
+        for _ in range(self.count):
+            self.jobs.put(None)
+        with self.lock:
+            workers = list(self.workers.values())
+        for _, sock in workers:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for process, _ in workers:
+            try:
+                process.wait(2)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        subprocess.run(["rm", "-rf", self.stage])
 
 # --------------------------------------------------------------------------------------------------
 # §7 Reward (Alg. 1 l. 5, Sec. 3.2)
-# --------------------------------------------------------------------------------------------------
 FAIL, MARK = -10.0, 0.1  # a total failure; each milestone it reached nevertheless (Sec. 3.2)
-
 
 def reward(task, a, cfg):
     """R(s, env-inst(a)) of an executed attempt.
 
     paper: -10 + 0.1 a milestone, or the score, negated where lower is better (Sec. 3.2).
-    bounded (CHOICE): -1 + 0.1 a milestone, or (1 + tanh((s - sample) / |gold - sample|)) / 2 of the
-    signed score s: any valid program beats any failure, and scores are not drowned by -10.
+    bounded (CHOICE): (-1 + 0.1 a milestone) / 4, or (1 + tanh((s - sample) / |bronze - sample|)) / 2
+    of the signed score s, so in (0, 1): any valid program beats any failure, and what a failure
+    costs is about the way from the sample submission to a bronze medal: scores are not drowned.
     """
-    sign = 1.0 if task["higher_is_better"] else -1.0
     marks = sum(any(re.search(p, m) for m in a.marks) for _, p in prompts.MILESTONES)
-    fail = (FAIL if cfg.reward == "paper" else -1.0) + MARK * marks
+    bounded = cfg.reward == "bounded"
     if not a.valid:
-        return fail
-    if cfg.reward == "paper":
-        return sign * a.score
-    sample = task["sample_score"]
-    return 0.5 + 0.5 * math.tanh(sign * (a.score - sample) / (abs(task["gold"] - sample) or 1.0))
-
+        return (-1.0 + MARK * marks) / 4 if bounded else FAIL + MARK * marks
+    if not bounded or task["sample_score"] is None:
+        return sign(task) * a.score
+    unit = abs(task["bronze"] - task["sample_score"]) or 1.0
+    return 0.5 + 0.5 * math.tanh(sign(task) * (a.score - task["sample_score"]) / unit)
 
 class Environment:
     """P(s, env-inst(a)) of Alg. 1 l. 4: instruments, executes, grades and rewards attempts."""
 
-    def __init__(self, cfg, D, secret=None):
-        self.cfg, self.D, self.secret = cfg, D, secret or secrets.token_hex(8)
+    def __init__(self, cfg, D):
+        self.cfg, self.D, self.secret, self.executions = cfg, D, secrets.token_hex(8), 0
         self.pool = Pool(cfg, {name: task["public"] for name, task in D.items()},
                          [task["private"] for task in D.values()], self.secret)
-        self.running = {}  # id -> Attempt, in order of submission
-        self.twins = {}  # (task, code) -> ids that wait for the same execution
-        self.results = {}  # (task, code) -> Attempt, executed in this iteration
+        for name, task in D.items():  # from here on prompts show what programs see
+            task["public"] = self.pool.stage / "public" / name / "prepared" / "public"
+            if cfg.drop_leaks:
+                grade.drop_columns(task["public"], task["leaks"])
+        self.running = {}  # key -> attempts that wait for the same execution
         self.done = collections.deque()  # finished, not yet collected
-        self.executions = 0
-
-    @property
-    def in_flight(self):
-        return len(self.running) + len(self.done)
 
     def unfinished(self):
-        """Attempts in flight, to be kept in a checkpoint."""
-        return list(self.done) + list(self.running.values())
+        """All attempts in flight."""
+        return [*self.done, *(a for group in self.running.values() for a in group)]
 
     def submit(self, a):
-        """Queue an attempt. Never blocks. One without plan or code fails at once (Sec. 3.2)."""
-        key = (a.task, a.code)
+        """Queue an attempt; never blocks. One without plan or code fails at once (Sec. 3.2)."""
         if not (a.plan and a.code.strip()):
-            self.finish(a, Result("no_code", dt=None))
-        elif self.cfg.reuse and key in self.results:
-            self.copy(self.results[key], a)
-        else:
-            self.running[a.id] = a
-            same = self.twins.setdefault(key if self.cfg.reuse else a.id, [])
-            same.append(a.id)
-            if len(same) == 1:
-                self.pool.submit(a.id, a.task, instrument(a.code, self.secret, self.cfg))
+            self.finish(a, Result("no_code"))
+            return
+        # CHOICE: with `reuse` a program that is in flight already is not run a second time.
+        key = f"{a.task}:{a.code}" if self.cfg.reuse else a.id
+        group = self.running.setdefault(key, [])
+        group.append(a)
+        if len(group) == 1:
+            self.pool.submit(key, a.task, instrument(a.code, self.secret, self.cfg))
 
     def next(self):
-        """The next finished attempt, graded and rewarded. Blocks."""
+        """The next finished attempt, graded and rewarded; blocks."""
         while not self.done:
-            id, result = self.pool.wait()
-            a = self.running.pop(id)
-            self.finish(a, result)
+            key, result = self.pool.wait()
             self.executions += 1
-            key = (a.task, a.code) if self.cfg.reuse else id
-            for twin in self.twins.pop(key):
-                if twin != id:
-                    self.copy(a, self.running.pop(twin))
-            if a.outcome != "infra":
-                self.results[key] = a
+            for k, a in enumerate(self.running.pop(key)):
+                self.finish(a, result)
+                a.reused = k > 0
         return self.done.popleft()
-
-    def copy(self, a, b):
-        """b is the same program as a: same result, marked as reused."""
-        for field in ("outcome", "dt", "exit", "output", "marks", "score", "report", "R", "reason"):
-            setattr(b, field, getattr(a, field))
-        b.reused = True
-        self.done.append(b)
 
     def finish(self, a, result):
         """Grade and reward an executed attempt."""
         task = self.D[a.task]
-        a.outcome, a.dt, a.exit = result.outcome, result.dt, result.exit
-        a.output, a.marks, a.submission = result.output, result.marks, result.submission
+        for field in dataclasses.fields(result):
+            setattr(a, field.name, getattr(result, field.name))
         if a.outcome == "ok":
             try:
                 a.score = grade.grade(task, a.submission, task["truth"], task["rows"])
@@ -560,12 +1044,12 @@ class Environment:
     def collect(self, B, i, keep, tick=lambda: None):
         """Wait until B executions complete (Alg. 1 l. 5). Returns (batch, lost).
 
-        lost: {"infra": n, "stale": n, "killed": [seconds each had run]}. Attempts that failed by
-        our fault or are staler than max_staleness updates are left out, never rewarded. `tick` is
-        called for each attempt of the batch.
+        lost: {"infra": n, "stale": n, "killed": [seconds each had run]}: attempts that failed by our
+        fault or are staler than max_staleness updates are left out and never rewarded; without
+        `keep` those still in flight are killed. `tick` is called for each attempt of the batch.
         """
         batch, lost = [], dict(infra=0, stale=0, killed=[])
-        while len(batch) < B and self.in_flight:
+        while len(batch) < B and (self.done or self.running):
             a = self.next()
             if a.outcome == "infra":
                 lost["infra"] += 1
@@ -574,29 +1058,26 @@ class Environment:
             else:
                 batch.append(a)
                 tick()
-        self.results.clear()
         if not keep:
             lost["killed"] = self.cancel()
+        if lost["infra"] > 0.2 * (len(batch) + lost["infra"]):
+            raise UserError(f"{lost['infra']} programs of an iteration failed by no fault of their "
+                            f"own ({a.output[-200:]}): mend that and run again to go on")
         return batch, lost
 
     def cancel(self):
-        """Kill everything in flight; returns the seconds each had run."""
-        ran = [self.pool.cancel(id) or 0.0 for id in self.running]
+        """Kill everything in flight; returns the seconds each program had run."""
         self.running.clear()
-        self.twins.clear()
         self.done.clear()
-        return ran
+        return self.pool.cancel()
 
     def close(self):
         """Kill and clean up everything."""
         self.pool.close()
 
-
 # --------------------------------------------------------------------------------------------------
 # §8 Actor, critic, reference (Table 3)
-# --------------------------------------------------------------------------------------------------
 CHUNK = 4096  # tokens whose logits exist at one time
-
 
 @dataclasses.dataclass
 class Learner:
@@ -608,7 +1089,6 @@ class Learner:
     tokenizer: object
     actor_opt: object
     critic_opt: object
-
 
 def load_learner(cfg, folder):
     """Actor, critic, reference and optimizers from one checkpoint folder or hub name."""
@@ -630,24 +1110,25 @@ def load_learner(cfg, folder):
     return Learner(actor, critic, ref.eval(), tokenizer,
                    optimizer(actor, cfg.lr), optimizer(critic, cfg.critic_lr))
 
-
 def load_policy(folder, cfg):
     """(model with float32 master weights, tokenizer). One clear line where it can't be had."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        # Not AutoTokenizer: for Qwen2 it would replace the tiny tokenizer's own splitting rule.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as problem:
+    except Exception as problem:  # whatever a damaged or missing checkpoint makes its readers raise
         raise UserError(f"cannot load --model {folder}: {str(problem).strip().splitlines()[0]} "
                         "(give a folder, go online, or use --preset tiny)")
     if tokenizer.chat_template is None:
         raise UserError(f"--model {folder} has no chat template: choose an instruction-tuned model")
+    # Whatever a sampler does not set would come from here: a repetition penalty, say, and programs
+    # would no longer come from the policy whose log-probs are computed.
+    model.generation_config = transformers.GenerationConfig()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
 
 def autocast(cfg, device):
     """bfloat16 compute over float32 master weights, or nothing for float32 (Table 3)."""
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-
 
 def padded(attempts, device, pad=0):
     """ids, attention (b, P+T) int64, prompts padded left, responses right; mask (b, T) bool."""
@@ -661,13 +1142,11 @@ def padded(attempts, device, pad=0):
         attention[row, left:right] = 1
     return ids.to(device), attention.to(device), attention[:, P:].bool().to(device)
 
-
 def hidden_states(backbone, ids, attention, T):
     """States from which each of the last T tokens is predicted: (b, T, d)."""
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
     out = backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
     return out.last_hidden_state[:, -T - 1:-1]
-
 
 def response_logprobs(lm, ids, attention, mask, cfg):
     """log pi(a_t | s, a_<t) and entropy of the tempered policy, logits / temperature.
@@ -691,19 +1170,16 @@ def response_logprobs(lm, ids, attention, mask, cfg):
     blank = torch.zeros(mask.shape, device=ids.device)
     return tuple(blank.masked_scatter(mask, torch.cat(p)) for p in zip(*parts))
 
-
 def response_values(critic, ids, attention, mask, cfg):
     """V(s, a_<t) before each response token: (b, T) float32, zero where masked."""
     T = mask.shape[1]
     h = hidden_states(critic.base_model, ids, attention, T)                   # (b, T, d)
     return critic.score(h)[..., 0].float() * mask                             # (b, T)
 
-
 def micro_batches(attempts, rows, size):
     """Row numbers in groups of at most `size`, of similar length: little work on padding."""
     rows = sorted(rows, key=lambda k: len(attempts[k].prompt_ids) + len(attempts[k].response_ids))
     return [rows[k:k + size] for k in range(0, len(rows), size)]
-
 
 def score_tokens(model, attempts, cfg, function=response_logprobs):
     """`function` (log-probs or values) without gradient over all attempts: (B, T), mask (B, T)."""
@@ -719,10 +1195,8 @@ def score_tokens(model, attempts, cfg, function=response_logprobs):
         mask[rows, :keep.shape[1]] = keep.cpu()
     return out, mask
 
-
 # --------------------------------------------------------------------------------------------------
 # §9 Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3)
-# --------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Batch:
     """The tensors of one update. All (B, T) float32 on the CPU, zero where `mask` is False."""
@@ -735,7 +1209,6 @@ class Batch:
     logp_ref: object  # initial policy
     V: object  # critic at the start of this update
 
-
 def assemble(attempts, learner, cfg):
     """Score a collected batch with the current actor and critic and the frozen reference."""
     logp_prox, mask = score_tokens(learner.actor, attempts, cfg)
@@ -746,7 +1219,6 @@ def assemble(attempts, learner, cfg):
     R = torch.tensor([a.R for a in attempts])
     return Batch(attempts, mask, R, logp_old, logp_prox, logp_ref, V)
 
-
 def shape_rewards(R, logp_old, logp_ref, mask, kl_coef):
     """Token rewards r_t = R [t = last] - kl_coef (log pi_old - log pi_ref) (Table 3, k1 estimator).
 
@@ -756,7 +1228,6 @@ def shape_rewards(R, logp_old, logp_ref, mask, kl_coef):
     last = mask.sum(1) - 1                                                    # (B,)
     r[torch.arange(len(R)), last] += R
     return r
-
 
 def gae(r, V, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2016, Eq. 16; Table 3: gamma = lam = 1).
@@ -774,16 +1245,14 @@ def gae(r, V, mask, gamma, lam):
         A[:, t] = A_next
     return A, (A + V) * mask
 
-
 def whiten(A, mask, tasks):
     """Advantages with mean 0 and variance 1 over all valid tokens of each task's rows: (B, T)."""
     out = torch.zeros_like(A)
     for task in set(tasks):
         rows = torch.tensor([t == task for t in tasks])[:, None] & mask       # (B, T)
         values = A[rows]
-        out[rows] = (values - values.mean()) * torch.rsqrt(values.var() + 1e-8)
+        out[rows] = (values - values.mean()) * torch.rsqrt(values.var(correction=0) + 1e-8)
     return out
-
 
 def duration_weights(dt, cfg):
     """Weights w = dt / mean(dt) on the policy gradient (Eq. 3, Sec. 3.1).
@@ -799,14 +1268,12 @@ def duration_weights(dt, cfg):
     mean = sum(ran) / len(ran)
     return torch.tensor([1.0 if t is None else t / mean for t in dt])
 
-
 def token_weights(mask, loss_agg):
     """Coefficient of each token in a loss, (b, T), sum 1 (CHOICE: `seq` is what Table 3's library
     did in effect). seq: mean over sequences of token means; token: mean over tokens."""
     if loss_agg == "token":
         return mask / mask.sum()
     return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
-
 
 def policy_loss(logp, logp_prox, logp_old, A, w, cfg):
     """Clipped surrogate (Schulman et al. 2017, Eq. 7) per token, weighted by duration (Eq. 3).
@@ -821,16 +1288,13 @@ def policy_loss(logp, logp_prox, logp_old, A, w, cfg):
     plain, clipped = -A * rho, -A * rho.clamp(1 - cfg.clip, 1 + cfg.clip)     # (b, T)
     return w[:, None] * is_weight * torch.maximum(plain, clipped), clipped > plain
 
-
 def value_loss(V, V_old, returns, cfg):
     """0.5 max((V - G)^2, (clip(V, V_old +- value_clip) - G)^2) per token (Table 3): (b, T)."""
     near = V_old + (V - V_old).clamp(-cfg.value_clip, cfg.value_clip)         # (b, T)
     return 0.5 * torch.maximum((V - returns) ** 2, (near - returns) ** 2)
 
-
 # --------------------------------------------------------------------------------------------------
 # §10 Update (Alg. 1 l. 7)
-# --------------------------------------------------------------------------------------------------
 def update(learner, x, A, w, returns, cfg, i):
     """PPO epochs over the batch, critic then actor (Table 3). Returns statistics, batch means.
 
@@ -854,17 +1318,17 @@ def update(learner, x, A, w, returns, cfg, i):
         return total, {"policy_loss": (c * loss).sum(), "entropy": (c * entropy).sum(),
                        "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
 
-    stats = optimize(learner.critic, learner.critic_opt, critic_loss, x, cfg, cfg.critic_grad_clip)
+    stats = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "update_kl", "grad_norm"))
+    critic = optimize(learner.critic, learner.critic_opt, critic_loss, x, cfg, cfg.critic_grad_clip)
+    stats |= dict(value_loss=critic["value_loss"], critic_grad_norm=critic["grad_norm"])
     if i >= cfg.critic_warmup and x.R.std() > 0:
         stats |= optimize(learner.actor, learner.actor_opt, actor_loss, x, cfg,
                           cfg.actor_grad_clip, cfg.target_kl)
     return stats
 
-
 def on(like, full, rows, T):
     """The given rows and first T tokens of a (B, T) tensor, on the device of `like`."""
     return full[rows, :T].to(like.device)
-
 
 def optimize(model, optimizer, loss_function, x, cfg, grad_clip, target_kl=0.0):
     """cfg.ppo_epochs passes of mini-batches; gradients add up over micro-batches.
@@ -897,68 +1361,62 @@ def optimize(model, optimizer, loss_function, x, cfg, grad_clip, target_kl=0.0):
             break
     return {key: value / steps for key, value in totals.items()}
 
-
 # --------------------------------------------------------------------------------------------------
 # §11 Evaluation (Sec. 3.3, Sec. 4.1)
-# --------------------------------------------------------------------------------------------------
 def evaluate(phase, lm, D, parents, sampler, env, maker, run, state):
-    """eval_samples programs a task, from scratch or as improvements of `parents`, executed and
-    logged under the name `phase`. Returns (attempts, {task: summary}), see `summarize`."""
+    """eval_samples programs a task, from scratch or improving `parents`, executed and logged as
+    `phase`. Puts {task: summary} into state.evaluation and returns the valid attempts."""
     n = run.cfg.eval_samples * len(D)
     for a in sampler.sample(draw_prompts(D, parents, n, maker, state, 1.0), lm, state.iteration):
         env.submit(a)
     with run.bar(n, phase) as bar:
         done, _ = env.collect(n, state.iteration, keep=True, tick=bar.update)
     run.log_attempts(done, phase)
-    return done, {name: summarize(task, [a for a in done if a.task == name])
-                  for name, task in D.items()}
-
+    state.evaluation[phase] = {
+        name: summarize(task, [a for a in done if a.task == name]) for name, task in D.items()}
+    return [a for a in done if a.valid]
 
 def summarize(task, attempts):
     """Scores of the reported rows; score_mean counts -10 for an invalid attempt (Fig. 10), and
     best_clean leaves out programs that read a column known to leak the label."""
-    sign = 1 if task["higher_is_better"] else -1
     valid = [a for a in attempts if a.valid]
     clean = [a for a in valid if not any(column in a.code for column in task["leaks"])]
-    best = lambda group: sign * max(sign * a.report for a in group) if group else None
     return dict(n=len(attempts), valid_share=mean(a.valid for a in attempts),
                 valid_score_mean=mean(a.report for a in valid),
-                score_mean=mean(sign * a.report if a.valid else FAIL for a in attempts),
-                best=best(valid), best_clean=best(clean), leak_readers=len(valid) - len(clean),
+                score_mean=mean(sign(task) * a.report if a.valid else FAIL for a in attempts),
+                best=best(task, [a.report for a in valid]), leak_readers=len(valid) - len(clean),
+                best_clean=best(task, [a.report for a in clean]),
                 distinct=len({a.code for a in attempts if a.code}))
 
-
-def evaluate_policy(D, learner, sampler, env, maker, run, state):
-    """Test-time protocol: samples from scratch and as many improvements of the valid ones; the
-    better of the two counts (App. C.2). Fills state.evaluation and writes evaluation.json."""
-    common = (sampler, env, maker, run, state)
-    scratch, state.evaluation["trained_scratch"] = evaluate(
-        "trained_scratch", learner.actor, D, [], *common)
-    _, state.evaluation["trained_improve"] = evaluate(
-        "trained_improve", learner.actor, D, [a for a in scratch if a.valid], *common)
-    report = {}
+def write_evaluation(D, run, state, maker):
+    """evaluation.json: the three summaries of each task, their best score and its medal. The better
+    of scratch and improve counts (App. C.2). One task: its record alone, else {task: record}."""
+    records = {}
     for name, task in D.items():
-        sign = 1 if task["higher_is_better"] else -1
         parts = {phase: tables[name] for phase, tables in state.evaluation.items()}
-        scores = [p["best"] for k, p in parts.items() if k != "untrained" and p["best"] is not None]
-        best = sign * max(sign * score for score in scores) if scores else None
-        report[name] = dict(
-            parts, best=best, medal=grade.medal(task, best) if best is not None else None,
+        top = best(task, [part["best"] for phase, part in parts.items() if phase != "untrained"])
+        records[name] = dict(
+            parts, best=top, medal=None if top is None else grade.medal(task, top),
             executions=state.executions, paper=task["paper"], standin=task["standin"],
             report_fold=run.cfg.report_fold, prompts_skipped=maker.skipped)
     write(run.folder / "evaluation.json",
-          json.dumps(report if len(D) > 1 else report[next(iter(D))], indent=1))
-
+          json.dumps(records if len(D) > 1 else records[name], indent=1))
 
 def mean(values):
     """Mean of an iterable of numbers, None if it is empty."""
     values = list(values)
     return float(sum(values) / len(values)) if values else None
 
+def sign(task):
+    """1 where a higher score is better, else -1."""
+    return 1 if task["higher_is_better"] else -1
+
+def best(task, scores):
+    """The best of a list of scores, None if there is none."""
+    return max((s for s in scores if s is not None), key=lambda s: sign(task) * s, default=None)
 
 # --------------------------------------------------------------------------------------------------
 # §12 Run folder, checkpoint, resume
-# --------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class State:
     """What a run remembers between iterations besides weights and optimizers."""
@@ -973,15 +1431,13 @@ class State:
     best: dict = dataclasses.field(default_factory=dict)  # task -> best score in training
     evaluation: dict = dataclasses.field(default_factory=dict)  # phase -> task -> summary
 
-
 class Run:
     """A run folder. The two logs only grow and are cut back to the last checkpoint on resume (which
     also drops a half-written line); every other file is replaced as a whole."""
 
-    LOGS = ("metrics.jsonl", "attempts.jsonl")
-    MODELS = ("actor", "critic", "actor_opt", "critic_opt")
-    FREE = {"run", "mode", "program", "iterations", "workers", "eval_samples", "save_every", "raw",
-            "data_dir", "unsafe_exec"}  # flags that may differ when a run resumes
+    LOGS, MODELS = ("metrics.jsonl", "attempts.jsonl"), ("actor", "critic", "actor_opt", "critic_opt")
+    FREE = ("run", "mode", "program", "iterations", "workers", "eval_samples", "save_every", "raw",
+            "data_dir", "unsafe_exec")  # flags that may differ when a run resumes
 
     def __init__(self, cfg, D):
         self.folder, self.cfg, self.D = pathlib.Path(cfg.run), cfg, D
@@ -993,11 +1449,11 @@ class Run:
             raise UserError(f"{cfg.run} is in use by another process: wait, or give another --run")
         new, path = dataclasses.asdict(cfg), self.folder / "config.json"
         old = read_json(path) if path.exists() else new
-        changed = [f"{k} was {old[k]}, now {new[k]}" for k in new
-                   if k not in self.FREE and k in old and old[k] != new[k]]
+        changed = [f"{k} was {old.get(k)}, now {new[k]}" for k in new
+                   if k not in self.FREE and old.get(k) != new[k]]
         if changed:
-            raise UserError(f"{cfg.run} was begun with other flags ({'; '.join(changed)}): "
-                            "give the same ones, or another --run")
+            raise UserError(f"{cfg.run} was begun with other flags ({'; '.join(changed)}): give the "
+                            "same ones, or another --run")
         write(path, json.dumps(new, indent=1))
         write(self.folder / "mlerl.py", pathlib.Path(__file__).read_bytes())
 
@@ -1025,13 +1481,13 @@ class Run:
         saved = {name: getattr(learner, name).state_dict() for name in self.MODELS}
         saved |= dict(state=vars(state), torch_rng=torch.get_rng_state(),
                       log_sizes={log: (self.folder / log).stat().st_size for log in self.LOGS})
-        buffer = self.folder / "checkpoint.new"
+        new = self.folder / "checkpoint.new"
         try:
-            torch.save(saved, buffer)
+            torch.save(saved, new)
         except RuntimeError as problem:  # so torch reports a full disk
-            buffer.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             raise OSError(errno.ENOSPC, f"checkpoint not written ({problem})")
-        os.replace(buffer, self.folder / "checkpoint.pt")
+        os.replace(new, self.folder / "checkpoint.pt")
         save_policy(self.folder / "policy", learner.actor, learner.tokenizer)
 
     def wall(self, state):
@@ -1046,40 +1502,43 @@ class Run:
                 row = {k: v for k, v in vars(a).items() if k not in hidden}
                 file.write(json.dumps(dict(row, phase=phase, tokens=len(a.response_ids))) + "\n")
         for a in attempts:
-            path = self.folder / "best" / f"{a.task}.json"
-            sign = 1 if self.D[a.task]["higher_is_better"] else -1
-            if a.valid and not (path.exists() and sign * read_json(path)["score"] >= sign * a.score):
+            path, task = self.folder / "best" / f"{a.task}.json", self.D[a.task]
+            old = read_json(path)["score"] if a.valid and path.exists() else None
+            if a.valid and a.score != old and best(task, [a.score, old]) == a.score:
                 path.parent.mkdir(exist_ok=True)
-                write(path.with_suffix(".py"), a.code.encode())
+                write(path.with_suffix(".py"), a.code)
                 write(path.with_suffix(".csv"), a.submission)
                 write(path, json.dumps(dict(score=a.score, reported=a.report, attempt=a.id,
-                                            plan=a.plan, standin=self.D[a.task]["standin"])))
+                                            plan=a.plan, standin=task["standin"])))
             a.submission = None  # no longer needed
 
     def log(self, batch, state, row):
         """Log an iteration: its attempts, its line of metrics, its line on the terminal."""
         self.log_attempts(batch, "train")
-        for a in (a for a in batch if a.valid):
-            better = max if self.D[a.task]["higher_is_better"] else min
-            state.best[a.task] = better(a.score, state.best.get(a.task, a.score))
-        row |= dict(wall_s=self.wall(state), best_score=next(iter(state.best.values()), None),
+        for name, task in self.D.items():
+            scores = [a.score for a in batch if a.valid and a.task == name]
+            state.best[name] = best(task, [state.best.get(name), *scores])
+        row |= dict(wall_s=self.wall(state), best_score=next(iter(state.best.values())),
                     standin=any(task["standin"] for task in self.D.values()))
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        report(row, self.cfg.iterations)
+        shown = collections.defaultdict(lambda: float("nan"), {
+            k: v for k, v in row.items() if v is not None})
+        tqdm.tqdm.write(
+            "{iteration:4d}  valid {valid_share:.2f}  score {valid_score_mean:.4f}  best "
+            "{best_score:.4f}  dt {duration_mean:.2f}s  kl {kl:.3f}  distinct {distinct:3d}  sample "
+            "{sample_s:.1f}s  execute {execute_s:.1f}s  update {update_s:.1f}s".format_map(shown))
 
     def bar(self, total, what, initial=0):
         """A progress bar with rate and time left."""
         return tqdm.tqdm(total=total, desc=what, initial=initial, unit=" programs", leave=False,
                          dynamic_ncols=True, disable=None)
 
-
 def write(path, content):
     """Write text or bytes so that neither a reader nor a crash ever sees half a file."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(temporary, path)
-
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(new, path)
 
 def save_policy(folder, lm, tokenizer):
     """Save in Hugging Face format beside `folder`, then take its place."""
@@ -1091,7 +1550,6 @@ def save_policy(folder, lm, tokenizer):
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
-
 def read_json(path):
     """Parse a JSON file, or say in one line that it is malformed."""
     try:
@@ -1099,24 +1557,9 @@ def read_json(path):
     except ValueError as problem:
         raise UserError(f"{path} is not valid JSON ({problem}): mend it or move it away")
 
-
 # --------------------------------------------------------------------------------------------------
 # §13 Metrics and figures (Fig. 1, 2, 7-10)
-# --------------------------------------------------------------------------------------------------
-class Clock:
-    """Seconds of consecutive laps, by name."""
-
-    def __init__(self):
-        self.laps, self.last = {}, time.monotonic()
-
-    def lap(self, name):
-        """Name the time since the last lap."""
-        now = time.monotonic()
-        self.laps[name], self.last = now - self.last, now
-
-
 EDGES = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e9)  # seconds, of the histograms of durations
-
 
 def variance_parts(R, valid):
     """Shares of Var(R), by the law of total variance, that come from: being valid or not, the
@@ -1128,17 +1571,15 @@ def variance_parts(R, valid):
     return dict(variance_valid=float((R.var() - score - markers) / total),
                 variance_markers=float(markers / total), variance_score=float(score / total))
 
-
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
     """One line of metrics.jsonl. `durations` are of consumed programs, `durations_sampled` also of
     those killed before the batch was full, which count the seconds they had run."""
     dt = [a.dt for a in batch if a.dt is not None]
     sampled = dt + lost["killed"]
-    sign = {name: 1 if task["higher_is_better"] else -1 for name, task in env.D.items()}
     G, V = returns[x.mask], x.V[x.mask]
     return dict(
         iteration=i, reward_mean=mean(a.R for a in batch),
-        task_score_mean=mean(sign[a.task] * a.score if a.valid else FAIL for a in batch),
+        task_score_mean=mean(sign(env.D[a.task]) * a.score if a.valid else FAIL for a in batch),
         valid_share=mean(a.valid for a in batch),
         valid_score_mean=mean(a.score for a in batch if a.valid),
         improve_share=mean(a.kind == "improve" for a in batch),
@@ -1149,28 +1590,18 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         weight_max=float(w.max()), ess=float(w.sum() ** 2 / (w ** 2).sum()),
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
-        staleness_mean=mean(i - a.version for a in batch), in_flight=env.in_flight,
+        staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.unfinished()),
         distinct=len({a.code for a in batch if a.code}), reused=sum(a.reused for a in batch),
         tokens=int(x.mask.sum()), **variance_parts(x.R, [a.valid for a in batch]),
         outcomes=dict(collections.Counter(a.outcome for a in batch)),
         **{f"lost_{why}": n if why != "killed" else len(n) for why, n in lost.items()})
 
-
-def report(row, N):
-    """One line of terminal output for an iteration."""
-    f = lambda key, form: "-" if row[key] is None else format(row[key], form)
-    tqdm.tqdm.write(
-        f"{row['iteration'] + 1:4d}/{N}  valid {row['valid_share']:.2f}  "
-        f"score {f('valid_score_mean', '.4f')}  best {f('best_score', '.4f')}  "
-        f"dt {f('duration_mean', '.2f')}s  kl {row['kl']:+.3f}  distinct {row['distinct']:3d}  "
-        f"sample {row['sample_s']:.1f}s  execute {row['execute_s']:.1f}s  update {row['update_s']:.1f}s")
-
-
 def plot(folder):
     """Draw figures/training.png from metrics.jsonl, config.json and evaluation.json alone."""
-    import matplotlib
+    import matplotlib.pyplot
     matplotlib.use("Agg")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # else it is being written
     if not rows:
         raise UserError(f"{folder}/metrics.jsonl is empty: nothing to draw yet")
     table = pd.json_normalize(rows, max_level=0).astype({"best_score": float})
@@ -1198,10 +1629,8 @@ def plot(folder):
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(folder / "figures" / "training.png", dpi=110)
 
-
 # --------------------------------------------------------------------------------------------------
 # §14 Supervised fine-tuning and the tiny policy
-# --------------------------------------------------------------------------------------------------
 def supervised(lm, tokenizer, pairs, cfg):
     """Fine-tune lm on (chat, response) pairs: AdamW, cosine to 0, loss on response tokens.
 
@@ -1232,33 +1661,33 @@ def supervised(lm, tokenizer, pairs, cfg):
         schedule.step()
         bar.set_postfix(loss=f"{total:.3f}")
 
-
 def tiny_tokenizer(pairs):
-    """Byte-level BPE of 1,000 tokens, trained on the corpus and split at line ends only, so that
-    merges cross words: a common line of a program becomes one token, a program some 50."""
+    """Byte-level BPE of 1,300 tokens, trained on the corpus and split at line ends only, so that
+    merges cross words: a common line of a program becomes a token or two."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    bpe = Tokenizer(models.BPE())
+    bpe, special = Tokenizer(models.BPE()), ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"[^\n]*\n"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\n"), "merged_with_previous"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        (text for chat, response in pairs for text in (*(m["content"] for m in chat), response)),
-        trainers.BpeTrainer(vocab_size=1000, special_tokens=["<|end|>", "<|user|>", "<|policy|>"],
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                            show_progress=False))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>",
-                                                pad_token="<|end|>")
-    fast.chat_template = ("{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
-                          "{% if add_generation_prompt %}<|policy|>{% endif %}")
-    return fast
-
+    # One prompt in ten: all of them, thousands of equal lines, would use up the vocabulary.
+    texts = [r for _, r in pairs] + [m["content"] for chat, _ in pairs[::10] for m in chat]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1300, special_tokens=special, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>",
+        additional_special_tokens=special[1:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    return tokenizer
 
 def tiny_policy(cfg, D):
     """Folder of the embedded policy: a Qwen2 of under a million weights, trained from nothing on
     programs composed of fragments (prompts.corpus); kept in the user's cache."""
-    recipe = [open(f).read() for f in (__file__, prompts.__file__)] + [
-        str((cfg.sft_steps, cfg.sft_lr, cfg.sft_batch, cfg.seed, sorted(D)))]
+    recipe = [str((cfg.sft_steps, cfg.sft_lr, cfg.sft_batch, cfg.seed, sorted(D)))] + [
+        inspect.getsource(part) for part in (prompts, supervised, tiny_tokenizer, tiny_policy)]
     name = hashlib.sha256("".join(recipe).encode()).hexdigest()[:16]
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mlerl" / name
     if not folder.exists():
@@ -1269,32 +1698,43 @@ def tiny_policy(cfg, D):
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id))
+        torch.set_num_threads(os.cpu_count())  # no programs run yet
         supervised(lm, tokenizer, pairs, cfg)
+        torch.set_num_threads(1)
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_policy(folder, lm, tokenizer)
     return folder
 
+def read_pairs(path):
+    """(chat, response) pairs of a file with JSON objects {"prompt": ..., "response": ...} as lines."""
+    try:
+        rows = [json.loads(line) for line in open(path)]
+        return [([{"role": "user", "content": "" + r["prompt"]}], "" + r["response"]) for r in rows]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"--sft {path}: each line must be a JSON object with the texts prompt and "
+                        f"response ({problem})")
 
 def initial_policy(cfg, D):
     """Folder or hub name of the policy that training starts from, fine-tuned first if --sft."""
+    pairs, folder = read_pairs(cfg.sft) if cfg.sft else [], pathlib.Path(cfg.run, "sft")
     start = tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model
-    folder = pathlib.Path(cfg.run, "sft")
-    if cfg.sft and not folder.exists():
-        try:
-            rows = [json.loads(line) for line in open(cfg.sft)]
-            pairs = [([{"role": "user", "content": r["prompt"]}], r["response"]) for r in rows]
-        except (ValueError, KeyError, TypeError) as problem:
-            raise UserError(f"--sft {cfg.sft}: every line must be a JSON object with prompt and "
-                            f"response ({problem})")
+    if pairs and not folder.exists():
         lm, tokenizer = load_policy(start, cfg)
         supervised(lm, tokenizer, pairs, cfg)
         save_policy(folder, lm, tokenizer)
-    return folder if cfg.sft else start
-
+    return folder if pairs else start
 
 # --------------------------------------------------------------------------------------------------
 # §15 Command line
-# --------------------------------------------------------------------------------------------------
+RANGES = (  # flags, least and greatest value
+    ("batch_size mini_batch micro_batch sample_batch ppo_epochs save_every sft_steps sft_batch "
+     "max_prompt_tokens max_response_tokens eval_samples disk_mb output_kb max_procs", 1, 1e9),
+    ("seed iterations max_staleness workers threads critic_warmup", 0, 1e9),
+    ("lr critic_lr sft_lr weight_decay critic_init_std clip value_clip entropy_coef kl_coef target_kl "
+     "max_is_weight", 0, 1e6), ("p_improve gamma lam", 0, 1), ("report_fold", 0, 0.99),
+    ("temperature top_p actor_grad_clip critic_grad_clip timeout cpu_limit memory_gb", 1e-6, 1e9),
+    ("top_p", 1e-6, 1), ("oversample", 1, 1000), ("top_k", -1, 1e9))
+
 def parse(argv):
     """Command line -> Config. Raises UserError on a flag that is unknown, malformed or impossible."""
     import tyro
@@ -1302,32 +1742,33 @@ def parse(argv):
     preset = asked.group(1) if asked else "auto"
     if preset == "auto":  # not torch.cuda: importing torch takes seconds
         preset = "paper" if os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") else "tiny"
-    default = dataclasses.replace(Config(), preset=preset, **PRESETS.get(preset, {}))
-    said = io.StringIO()
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is none of {', '.join(PRESETS)}")
+    default, said = dataclasses.replace(Config(), preset=preset, **PRESETS[preset]), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             cfg = tyro.cli(Config, args=argv, default=default)
     except SystemExit as end:
-        if end.code:  # tyro draws a box: keep its first two lines of text
-            lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
-            raise UserError(": ".join([line for line in lines if line][:2]) + " (see --help)")
-        raise
-    wrong = [what for bad, what in (
-        (min(cfg.batch_size, cfg.micro_batch, cfg.mini_batch, cfg.ppo_epochs) < 1, "sizes below 1"),
-        (cfg.oversample < 1, "--oversample below 1"), (cfg.temperature <= 0, "--temperature <= 0"),
-        (not 0 <= cfg.p_improve <= 1, "--p-improve outside [0, 1]"),
-        (not 0 <= cfg.report_fold < 1, "--report-fold outside [0, 1)"),
-        (min(cfg.timeout, cfg.cpu_limit, cfg.memory_gb) <= 0, "a limit <= 0"),
-        ((cfg.mode == "run") != bool(cfg.program), "--mode run and --program FILE go together"),
-        (cfg.mode == "run" and "," in cfg.task, "--mode run takes one task"),
-        (cfg.sft and not os.path.isfile(cfg.sft), f"--sft {cfg.sft} is not a file"),
-        (cfg.mode in ("plot", "evaluate") and not os.path.exists(os.path.join(cfg.run, "config.json")),
-         f"--mode {cfg.mode} needs --run with an existing run folder")) if bad]
-    if wrong:
-        raise UserError(f"{wrong[0]}: see --help")
+        if not end.code:
+            raise
+        lines = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())  # tyro draws a box
+        raise UserError(": ".join([line for line in lines if line][:2]) + " (see --help)")
+    for names, low, high in RANGES:
+        for name in names.split():
+            if not low <= getattr(cfg, name) <= high:  # nan is not either
+                raise UserError(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], not "
+                                f"{getattr(cfg, name)}")
+    for wrong, what in (
+            ((cfg.mode == "run") != bool(cfg.program), "--mode run and --program FILE go together"),
+            (cfg.mode == "run" and "," in cfg.task, "--mode run takes one task"),
+            (cfg.sft and not os.path.isfile(cfg.sft), f"--sft {cfg.sft} is not a file"),
+            (os.path.isfile(cfg.run), f"--run {cfg.run} is a file, not a folder"),
+            (cfg.mode in ("plot", "evaluate") and not os.path.exists(f"{cfg.run}/metrics.jsonl"),
+             f"--mode {cfg.mode} needs --run with the folder of a run")):
+        if wrong:
+            raise UserError(f"{what}: see --help")
     name = f"{cfg.task.replace(',', '+')}-{preset}-s{cfg.seed}"
     return dataclasses.replace(cfg, run=cfg.run or os.path.join("runs", name))
-
 
 def run_program(cfg, D):
     """--mode run: one program exactly as in training; prints one JSON object."""
@@ -1346,7 +1787,6 @@ def run_program(cfg, D):
                           markers=a.marks, duration=a.dt, exit=a.exit, output=a.output[-2000:],
                           submission=submission and str(submission), standin=D[a.task]["standin"])))
 
-
 def run_training(cfg, D):
     """--mode train and evaluate, from the warm start to the closing table."""
     torch.manual_seed(cfg.seed)
@@ -1355,22 +1795,26 @@ def run_training(cfg, D):
         header(cfg, D, env)
         learner = load_learner(cfg, initial_policy(cfg, D))
         state = run.load(learner)
+        env.executions = state.executions
         sampler, maker = HFSampler(cfg, learner.tokenizer), PromptMaker(cfg, D, learner.tokenizer)
+        common = sampler, env, maker, run, state
         if not state.evaluation:
-            _, state.evaluation["untrained"] = evaluate(
-                "untrained", learner.ref, D, [], sampler, env, maker, run, state)
+            evaluate("untrained", learner.ref, D, [], *common)
             run.save(learner, state)
         if cfg.mode == "train" and state.iteration < cfg.iterations:
-            train(cfg, D, learner, sampler, env, maker, run, state)
+            train(cfg, D, learner, *common)
             state.evaluation.pop("trained_improve", None)
         if cfg.mode == "evaluate" or "trained_improve" not in state.evaluation:
             env.cancel()  # what `carry` left in flight
-            evaluate_policy(D, learner, sampler, env, maker, run, state)
+            valid = evaluate("trained_scratch", learner.actor, D, [], *common)
+            evaluate("trained_improve", learner.actor, D, valid, *common)  # Sec. 3.3, App. C.2
+            state.executions = env.executions
+            write_evaluation(D, run, state, maker)
             run.save(learner, state)
-    closing_table(D, run, state)
-    plot(run.folder)
+    closing_table(D, state)
+    if state.iteration:
+        plot(run.folder)
     print(f"{run.folder}: figures/training.png, evaluation.json, best/, policy/, metrics.jsonl")
-
 
 def header(cfg, D, env):
     """What is about to run, in a few lines."""
@@ -1383,8 +1827,7 @@ def header(cfg, D, env):
     for line in env.pool.report:
         print(f"programs   {line}")
 
-
-def closing_table(D, run, state):
+def closing_table(D, state):
     """Untrained and trained policy beside the paper's numbers and MLE-bench's thresholds."""
     for name, task in D.items():
         print(f"\n{name}, {task['metric_text']}"
@@ -1395,7 +1838,6 @@ def closing_table(D, run, state):
             print(f"  paper, {who:<20} {value if value is not None else 'N/A'}")
         print(f"  MLE-bench gold {task['gold']}, silver {task['silver']}, bronze {task['bronze']}, "
               f"median {task['median']:.5g}")
-
 
 def main(argv):
     """Run the command; returns the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
@@ -1422,10 +1864,9 @@ def main(argv):
     except ValueError as error:
         if not isinstance(error, UserError):
             raise
-        problem = str(error)
-    print(f"mlerl: {problem}", file=sys.stderr)
+        problem = error
+    print("mlerl:", " ".join(str(problem).split()), file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     sys.exit(worker() if sys.argv[1:2] == ["_worker"] else main(sys.argv[1:]))

@@ -5,8 +5,11 @@ the programs from which the embedded tiny policy learns to write at all; it look
 """
 from __future__ import annotations
 
+import csv
+import json
 import random
 import re
+import subprocess
 
 # The packages that a program may use (App. C): name in the prompt -> module to import.
 PACKAGES = {"statsmodels": "statsmodels", "pandas": "pandas", "timm": "timm",
@@ -64,8 +67,7 @@ def describe(task, snippet, packages):
 
 def brief(task):
     """The tiny policy's description of a task (CHOICE: it has room for 128 tokens)."""
-    return (f"Task: {task['name']}\nMetric: {task['metric']}\n"
-            f"Write submission.csv: {','.join([task['id'], *task['targets'][:3]])}\n")
+    return f"Task: {task['name']} ({task['metric']})\n"
 
 
 def solve(task, snippet, packages, short=False):
@@ -85,8 +87,9 @@ def improve(task, snippet, packages, plan, code, output, short=False):
     output: what the previous program printed, with the secret of instrumentation stripped.
     """
     if short:
-        # The last lines hold the losses; a warning's long text would not fit.
-        tail = "".join(line + "\n" for line in output.splitlines()[-4:] if len(line) < 40)
+        # The last lines hold the losses, cut to three digits; a warning's long text would not fit.
+        tail = "".join(re.sub(r"(\.\d{3})\d+", r"\1", line) + "\n"
+                       for line in output.splitlines()[-4:] if len(line) < 40)
         return chat(SHORT_SYSTEM, f"{brief(task)}Improve:\n{plan}\n{code}Output:\n{tail}")
     asked = ("You have already implemented a solution to the task below. Revise it so that it does "
              "better on the test set. Parts that you keep must be repeated in full, because only "
@@ -112,165 +115,196 @@ def instrument(code):
         f"```python\n{code}```"))
 
 
+def importable(python):
+    """Those of PACKAGES that the executing interpreter can import, by their names in the prompt."""
+    code = ("import importlib.util as u, json, sys; names = json.loads(sys.argv[1]); "
+            "print(json.dumps([n for n, m in names.items() if u.find_spec(m)]))")
+    done = subprocess.run([python, "-c", code, json.dumps(PACKAGES)], capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+def snippet(task, width):
+    """The first record of the train and test tables, values cut to `width` characters (App. C)."""
+    shown = []
+    for name in (task["train"], task["test"]):
+        path = task["public"] / name
+        if path.suffix == ".json":
+            record = json.loads(path.read_text())[0]
+        else:
+            with open(path, newline="", encoding="utf-8") as file:
+                record = next(csv.DictReader(file))
+        cells = [f"{key}: {str(value)[:width]}" for key, value in record.items()]
+        if len(cells) > 40:
+            cells = [*cells[:6], f"... {len(cells) - 8} more columns ...", *cells[-2:]]
+        shown.append(f"{name}, first record:\n" + "\n".join(cells))
+    return "\n\n".join(shown)
+
+
 # --------------------------------------------------------------------------------------------------
 # Fragments of the tiny policy's corpus (CHOICE: the paper starts from an instruction-tuned model)
 # --------------------------------------------------------------------------------------------------
-# {a|b|c} stands for one option, drawn when a program is composed. Every line is ordinary library
-# use. What is drawn depends on the rule in `draw` alone, never on how well anything scores.
+# {a | b} stands for one of its options, {T} for a text column; both are drawn when a program is
+# composed. What is drawn follows from LIMIT alone, not from how well anything scores.
 
-# Family, words of the plan, import lines, expression. Families of one level share a feature budget.
-SCALED = "from sklearn.pipeline import make_pipeline\nfrom sklearn.preprocessing import StandardScaler"
-MODELS = (
-    # level 0: simple learners on raw columns
-    (0, "Gaussian naive Bayes", "from sklearn.naive_bayes import GaussianNB",
-     "GaussianNB(var_smoothing={1e-9|1e-6|1e-3})"),
-    (0, "Bernoulli naive Bayes", "from sklearn.naive_bayes import BernoulliNB",
-     "BernoulliNB(alpha={0.1|0.5|1.0|2.0})"),
-    (0, "a small decision tree", "from sklearn.tree import DecisionTreeClassifier",
-     "DecisionTreeClassifier(max_depth={1|2|3|4}, random_state=0)"),
-    (0, "nearest neighbors", "from sklearn.neighbors import KNeighborsClassifier",
-     "KNeighborsClassifier(n_neighbors={5|11|25|51})"),
-    (0, "SGD", "from sklearn.linear_model import SGDClassifier",
-     'SGDClassifier(loss="log_loss", alpha={0.0001|0.001|0.01}, random_state=0)'),
-    # level 1: scaled columns
-    (1, "logistic regression", SCALED + "\nfrom sklearn.linear_model import LogisticRegression",
-     "make_pipeline(StandardScaler(), LogisticRegression(C={0.01|0.1|1.0}, max_iter=200))"),
-    (1, "ridge regression", SCALED + "\nfrom sklearn.linear_model import Ridge",
-     "make_pipeline(StandardScaler(), Ridge(alpha={1.0|10.0|100.0}))"),
-    (1, "scaled neighbors", SCALED + "\nfrom sklearn.neighbors import KNeighborsClassifier",
-     "make_pipeline(StandardScaler(), KNeighborsClassifier(n_neighbors={15|31|61|101}))"),
-    (1, "a neural network", SCALED + "\nfrom sklearn.neural_network import MLPClassifier",
-     "make_pipeline(StandardScaler(), MLPClassifier(hidden_layer_sizes={16|32}, max_iter={10|20|40}, "
-     "random_state=0))"),
-    # level 2: ensembles
-    (2, "a random forest", "from sklearn.ensemble import RandomForestClassifier",
-     "RandomForestClassifier(n_estimators={30|60|100}, min_samples_leaf={1|3|5|10}, random_state=0)"),
-    (2, "extra trees", "from sklearn.ensemble import ExtraTreesClassifier",
-     "ExtraTreesClassifier(n_estimators={30|60|100}, min_samples_leaf={1|3|5|10}, random_state=0)"),
-    (2, "gradient boosting", "from sklearn.ensemble import GradientBoostingClassifier",
-     "GradientBoostingClassifier(n_estimators={30|60|100}, max_depth={2|3|4}, subsample={0.5|0.7|1.0}, "
-     "random_state=0)"),
-    (2, "histogram boosting", "from sklearn.ensemble import HistGradientBoostingClassifier",
-     "HistGradientBoostingClassifier(max_iter={30|60|100}, learning_rate={0.03|0.05|0.1}, "
-     "max_leaf_nodes={6|10|16}, random_state=0)"),
-    # level 3: searches and averages of ensembles, slow
-    (3, "a grid search", "from sklearn.ensemble import GradientBoostingClassifier\n"
-     "from sklearn.model_selection import GridSearchCV",
-     "GridSearchCV(GradientBoostingClassifier(subsample=0.7, random_state=0), "
-     '{"max_depth": {[2, 3]|[2, 4]|[3, 5]}, "n_estimators": {[30, 60]|[50, 100]}}, '
+# Most groups of numeric columns that go with a model of each level. Simple learners may have many,
+# strong ones few: what combines both stands nowhere in the corpus, though each of its lines does.
+# It is the policy that has to find it.
+LIMIT, SIZE = (4, 1, 1, 1), 5  # SIZE: most features of any kind
+P_CONSTANT, P_HARD, P_CHECK, P_BUG = 0.04, 0.06, 0.25, 0.8
+N_BUGS = (1, 2, 2, 3)  # in a program that has any
+
+MODELS = (  # level, words of the plan, expression
+    # 0: simple learners on raw columns
+    (0, "Gaussian naive Bayes", "GaussianNB(var_smoothing={1e-9 | 1e-6 | 1e-3})"),
+    (0, "Bernoulli naive Bayes", "BernoulliNB(alpha={0.1 | 0.5 | 1.0 | 2.0})"),
+    (0, "a small tree", "DecisionTreeClassifier(max_depth={1 | 2 | 3 | 4}, random_state=0)"),
+    (0, "nearest neighbors", "KNeighborsClassifier(n_neighbors={5 | 11 | 25 | 51})"),
+    (0, "SGD", 'SGDClassifier(loss="log_loss", alpha={0.0001 | 0.001 | 0.01}, random_state=0)'),
+    # 1: scaled columns
+    (1, "logistic regression", "make_pipeline({StandardScaler() | QuantileTransformer()}, "
+                               "LogisticRegression(C={0.01 | 0.1 | 1.0}))"),
+    (1, "ridge regression", "make_pipeline(StandardScaler(), Ridge(alpha={1.0 | 10.0 | 100.0}))"),
+    (1, "scaled neighbors", "make_pipeline(StandardScaler(), "
+                            "KNeighborsClassifier(n_neighbors={15 | 31 | 61 | 101}))"),
+    (1, "a neural network", "make_pipeline(StandardScaler(), "
+                            "MLPClassifier(max_iter={10 | 20 | 40}, random_state=0))"),
+    # 2: ensembles
+    (2, "a random forest", "RandomForestClassifier(n_estimators={30 | 60 | 100}, "
+                           "min_samples_leaf={1 | 3 | 5 | 10}, random_state=0)"),
+    (2, "extra trees", "ExtraTreesClassifier(n_estimators={30 | 60 | 100}, "
+                       "min_samples_leaf={1 | 3 | 5 | 10}, random_state=0)"),
+    (2, "gradient boosting", "GradientBoostingClassifier(n_estimators={30 | 60 | 100}, "
+                             "max_depth={2 | 3 | 4}, subsample=0.5, random_state=0)"),
+    (2, "histogram boosting", "HistGradientBoostingClassifier(max_iter={30 | 60 | 100}, "
+                              "learning_rate={0.03 | 0.05 | 0.1}, random_state=0)"),
+    # 3: searches and averages, slow
+    (3, "a grid search", 'GridSearchCV(GradientBoostingClassifier(subsample=0.5, random_state=0), '
+     '{"{max_depth": [2, 3, 4] | n_estimators": [30, 60, 90] | learning_rate": [0.03, 0.1]}}, '
      'scoring="roc_auc", cv=3)'),
-    (3, "an average of two models", "from sklearn.ensemble import GradientBoostingClassifier, "
-     "RandomForestClassifier, VotingClassifier",
-     'VotingClassifier([("gb", GradientBoostingClassifier(n_estimators={60|100}, max_depth={2|3}, '
-     'subsample=0.7, random_state=0)), ("rf", RandomForestClassifier(n_estimators={100|200}, '
-     'min_samples_leaf={3|5|10}, random_state=0))], voting="soft")'),
+    (3, "an average of models", 'make_pipeline(QuantileTransformer(), VotingClassifier([("a", '
+     'GradientBoostingClassifier(subsample=0.5, random_state=0)), ("b", {LogisticRegression(C=0.1)'
+     ' | RandomForestClassifier(min_samples_leaf=5, random_state=0)})], voting="soft"))'),
 )
-# Most feature lines of a program of each level (a numeric column counts as one, a table of words
-# as two): rich features occur with simple learners, strong learners with few features. What
-# combines both stands nowhere in the corpus and has to be found.
-LIMIT = (9, 3, 3, 2)
-LEVELS = (0, 0, 0, 1, 1, 2, 2, 2, 3)  # how often each level is drawn
-P_CONSTANT, P_BUG = 0.04, 0.8
-
-VECTORS = (  # plan words, expression of a table of words
-    ("TF-IDF", "TfidfVectorizer(max_features={100|300|1000})"),
-    ("TF-IDF", 'TfidfVectorizer(max_features={100|300}, stop_words="english")'),
-    ("word counts", "CountVectorizer(max_features={50|200|500}, binary={True|False})"),
-    ("word pairs", "TfidfVectorizer(ngram_range=(1, 2), min_df={10|20|40})"),
+MODULES = {
+    "decomposition": "TruncatedSVD",
+    "ensemble": "ExtraTreesClassifier GradientBoostingClassifier HistGradientBoostingClassifier "
+                "RandomForestClassifier VotingClassifier",
+    "feature_extraction.text": "CountVectorizer TfidfVectorizer",
+    "linear_model": "LogisticRegression Ridge SGDClassifier", "metrics": "roc_auc_score",
+    "model_selection": "GridSearchCV train_test_split", "naive_bayes": "BernoulliNB GaussianNB",
+    "neighbors": "KNeighborsClassifier", "neural_network": "MLPClassifier",
+    "pipeline": "make_pipeline", "preprocessing": "QuantileTransformer StandardScaler",
+    "tree": "DecisionTreeClassifier",
+}
+TEXT = (  # features of a text column: words of the plan, expression, what must stand before it
+    ("lengths", "df[{T}].str.len()", ""),
+    ("word counts", "df[{T}].str.split().str.len()", ""),
+    ("punctuation", 'df[{T}].str.count("{! | [?] | , | [.]}")', ""),
+    ("capitals", 'df[{T}].str.count("[A-Z]")', ""),
+    ("TF-IDF", "words.transform(df[{T}]).toarray()",
+     'words = TfidfVectorizer({max_features=100 | max_features=300 | max_features=100, '
+     'stop_words="english" | ngram_range=(1, 2), min_df=50}).fit(train[{T}])\n'),
+    ("topics", "words.transform(df[{T}])", "words = make_pipeline(TfidfVectorizer(min_df=3), "
+     "TruncatedSVD({3 | 10 | 30}, random_state=0)).fit(train[{T}])\n"),
 )
+CLOCK = 'pd.to_datetime(df["unix_timestamp_of_request"], unit="s").dt'
+OWN = {"random-acts-of-pizza": (  # further features of single tasks
+    ("keywords", 'df[{T}].str.contains("{job|work | rent|bill | kid|wife|family | student|college | '
+                 'thank|please | friend|party | http|imgur}", case=False)', ""),
+    ("time", f"{CLOCK}.{{hour | month | dayofweek | year}}", ""),
+    ("subreddits", 'df["requester_subreddits_at_request"].str.len()', ""))}
+COLUMNS = {"random-acts-of-pizza": {  # numeric columns that go together
+    "forum activity": "requester_number_of_comments_in_raop_at_request "
+                      "requester_number_of_posts_on_raop_at_request "
+                      "requester_days_since_first_post_on_raop_at_request",
+    "account": "requester_account_age_in_days_at_request requester_number_of_comments_at_request "
+               "requester_number_of_posts_at_request requester_number_of_subreddits_at_request",
+    "votes": "requester_upvotes_minus_downvotes_at_request "
+             "requester_upvotes_plus_downvotes_at_request",
+    "date": "unix_timestamp_of_request"}}
 CONSTANTS = (  # plan, prediction
-    ("Predict the mean of the training labels for all.", "np.full(len(test), y.mean())"),
-    ("Predict the same value for all.", "np.full(len(test), {0.1|0.25|0.5})"),
-    ("Predict random numbers.", "np.random.default_rng({0|1|2}).random(len(test))"),
+    ("Predict the mean of the training labels.", "np.full(len(test), y.mean())"),
+    ("Predict the same value for all.", "np.full(len(test), {0.1 | 0.25 | 0.5})"),
+    ("Predict random numbers.", "np.random.default_rng({0 | 1 | 2}).random(len(test))"),
 )
-PLANS = ("I fit {M} on {F}.", "Train {M} with {F}.", "Use {F} for {M}.")
-WORDS = {"random-acts-of-pizza": "job paycheck family kids student friend money please thank help "
-                                 "hungry broke tonight week college rent http birthday".split()}
+PLANS = ("Train {M} on {F}.", "Use {F} for {M}.")
 
-# Bugs: stage, pattern, replacement. One is put into most programs, in a stage drawn evenly, so that
-# long programs fail no more often than short ones: otherwise the shortest, a constant, would be the
-# harbor in which a policy learns to hide.
+# Bugs: stage, pattern, replacement. Whether a program has any, and how many, is drawn once for the
+# program and not for each stage: long programs fail no more often than short ones. Otherwise the
+# shortest, a constant, would be the harbor in which a policy learns to hide.
 BUGS = (
-    ("import", r"(?m)^.+\n", ""),
+    ("import", r"(?m)^(?!import pandas).+\n", ""),
     ("import", r"from sklearn\.\w+ import", "from sklearn import"),
+    ("import", r"import pandas as pd\n", "import pandas\n"),
     ("load", r"train\.(json|csv)", r"training.\1"),
-    ("load", r"prepared/public/", "public/"),
     ("load", r"\)\n", "\n"),
     ("load", r'y = train\["\w+"\]', 'y = train["target"]'),
-    ("features", r"_at_request\"", '_at_retrieval"'),
-    ("features", r'(df|train)\["(\w+)_\w+"\]', r'\1["\2"]'),
-    ("features", r'(X\["\w+_(?:length|words)"\] = df\["\w+"\])\..*', r"\1"),
-    ("features", r"    return X\n", ""),
     ("features", r"features\(test\)", "features(train)"),
-    ("features", r"words\.fit_transform", "words.transform"),
+    ("features", r'(df\["\w+"\])\.(?!dt)\w.*,\n', r"\1,\n"),
+    ("features", r"_at_request\"", '_at_retrieval"'),
+    ("features", r"\.fit\(.*\n", "\n"),
     ("model", r"\((\w+)=", r"(\1s="),
-    ("model", r"^model = ", "classifier = "),
     ("model", r"\)\n", "\n"),
-    ("fit", r"fit\((\w+), \w+\)", r"fit(\1)"),
     ("fit", r"(?m)^model\.fit.*\n", ""),
-    ("fit", r"fit\(X, y\)", "fit(X_test, y)"),
+    ("fit", r"fit\((\w+), \w+\)", r"fit(\1)"),
     ("predict", r"X_test", "X"),
-    ("predict", r"\[:, 1\]", ""),
     ("predict", r"len\(test\)", "len(train)"),
-    ("predict", r"= model\.", "= models."),
-    ("predict", r"y\.mean\(\)", "train.mean()"),
+    ("predict", r"\[:, 1\]", ""),
     ("write", r', "\w+": p', ', "prediction": p'),
     ("write", r'"submission\.csv"', '"predictions.csv"'),
     ("write", r": p\}", ": pd.Series(p, index=test.iloc[:, 0])}"),
-    ("write", r"to_csv", "to_file"),
 )
 
 
 # --------------------------------------------------------------------------------------------------
 # Composition of the corpus
 # --------------------------------------------------------------------------------------------------
-def feature_lines(task):
-    """{plan words: [lines of code]}; a numeric column stands as its bare name."""
-    lines = {"numeric columns": list(task["numeric"])}
-    for c in task["text"]:
-        def add(words, new):
-            lines.setdefault(words, []).extend(new)
-        add("lengths", (f'X["{c}_length"] = df["{c}"].str.len()',
-                        f'X["{c}_words"] = df["{c}"].str.split().str.len()'))
-        add("punctuation", (f'X["{c}_{name}"] = df["{c}"].str.count("{mark}")' for name, mark in (
-            ("exclamations", "!"), ("questions", "[?]"), ("commas", ","), ("lines", r"\n"),
-            ("digits", "[0-9]"), ("capitals", "[A-Z]"))))
-        add("keywords", (f'X["{w}"] = df["{c}"].str.contains("{w}", case=False).astype(int)'
-                         for w in WORDS.get(task["name"], ("the", "you", "not", "why"))))
-    if task["name"] == "random-acts-of-pizza":
-        clock = 'pd.to_datetime(df["unix_timestamp_of_request_utc"], unit="s")'
-        lines["time"] = [f'X["{part}"] = {clock}.dt.{part}'
-                         for part in ("hour", "month", "dayofweek", "day")]
-        names = 'df["requester_subreddits_at_request"]'
-        lines["subreddits"] = [f'X["subreddits"] = {names}.str.len()'] + [
-            f'X["{s}"] = {names}.apply(lambda names: "{s}" in names).astype(int)'
-            for s in ("AskReddit", "pics", "gaming", "funny")]
-    return lines
+def pick(rng, text, task):
+    """Replace every {a | b} by one of its options, and {T} by one text column throughout."""
+    if "{T}" in text:
+        text = text.replace("{T}", f'"{rng.choice(task["text"])}"')
+    return re.sub(r"\{([^{}]* \| [^{}]*)\}", lambda m: rng.choice(m[1].split(" | ")), text)
 
 
-def pick(rng, text):
-    """Replace every {a|b|c} by one of its options."""
-    return re.sub(r"\{([^{}]*\|[^{}]*)\}", lambda m: rng.choice(m[1].split("|")), text)
+def draw_feature(rng, task):
+    """(words of the plan, expression in `df`, line before it, groups of numeric columns)."""
+    kinds = [k for k in ([task["numeric"]] * 3 + [task["text"] and TEXT, OWN.get(task["name"])]) if k]
+    kind = rng.choice(kinds)
+    if kind is not task["numeric"]:
+        words, *code = rng.choice(kind)
+        code = pick(rng, "\0".join(code), task).split("\0")
+        return words, *code, 0
+    named = COLUMNS.get(task["name"], {})
+    words = rng.choice(("all numeric columns", *named))
+    columns = named[words].split() if words in named else task["numeric"]
+    if words in named and rng.random() < 0.35:
+        some = rng.sample(columns, rng.randint(1, len(columns)))
+        columns = [c for c in columns if c in some]  # in the order of the table
+    return words, f"df[{columns}]".replace("'", '"'), "", 1 if words in named else LIMIT[0]
+
+
+def fits(spec):
+    """Whether a program keeps the corpus's rule: features that fit the level of its model."""
+    words = [w for w, *_ in spec["features"]]
+    setups = [setup for _, _, setup, _ in spec["features"] if setup]
+    return (len(words) == len(set(words)) <= SIZE and len(setups) < 2
+            and sum(n for *_, n in spec["features"]) <= LIMIT[spec["model"][0]])
 
 
 def draw(rng, task):
-    """A correct program as a dict of independent choices. The only rule between them is LIMIT."""
+    """A correct program as a dict of choices: independent but for the rule in `fits`."""
     if rng.random() < P_CONSTANT:
         plan, prediction = rng.choice(CONSTANTS)
-        return dict(model=None, constant=(plan, pick(rng, prediction)))
-    level = rng.choice(LEVELS)
-    _, name, imports, expression = rng.choice([m for m in MODELS if m[0] == level])
-    lines, size, features, vector = feature_lines(task), rng.randint(1, LIMIT[level]), [], None
-    if task["text"] and rng.random() < 0.3 and size > 1:
-        words, table = rng.choice(VECTORS)
-        vector, size = (words, rng.choice(task["text"]), pick(rng, table)), size - 2
-    while len(features) < size:
-        words = rng.choice([*lines, "numeric columns"])
-        feature = (words, rng.choice(lines[words]))
-        features += [feature] * (feature not in features)
-    return dict(model=(level, name, imports, pick(rng, expression)), features=features,
-                vector=vector, check=rng.random() < 0.3, hard=rng.random() < 0.06,
-                plan=rng.choice(PLANS))
+        return dict(model=None, plan=plan, constant=pick(rng, prediction, task))
+    model = rng.choices(MODELS, [3 if level == 0 else 2 for level, *_ in MODELS])[0]
+    spec = dict(model=(*model[:2], pick(rng, model[2], task)), features=[], plan=rng.choice(PLANS),
+                check=rng.random() < P_CHECK, hard=rng.random() < P_HARD)
+    size = rng.randint(1, SIZE)
+    while len(spec["features"]) < size:
+        longer = {**spec, "features": spec["features"] + [draw_feature(rng, task)]}
+        spec = longer if fits(longer) else spec
+        size -= not fits(longer) and rng.random() < 0.2  # some rules leave no room for more
+    return spec if spec["features"] else draw(rng, task)
 
 
 def revise(rng, task, old):
@@ -279,97 +313,72 @@ def revise(rng, task, old):
         new = draw(rng, task)
         if old["model"] is None or new["model"] is None:
             return new
-        keys = rng.sample(("model", "features", "vector", "check"), rng.randint(1, 2))
+        keys = rng.sample(("model", "features", "check"), rng.randint(1, 2))
         out = {**old, "plan": new["plan"], **{k: new[k] for k in keys}}
-        size = len(out["features"]) + 2 * bool(out["vector"])
-        if any(out[k] != old[k] for k in keys) and 0 < size <= LIMIT[out["model"][0]]:
+        if fits(out) and any(out[k] != old[k] for k in keys):
             return out
-
-
-def feature_stage(spec, imports):
-    """(words for the plan, code that makes X and X_test)."""
-    words, code = list(dict.fromkeys(w for w, _ in spec["features"])), ""
-    if spec["features"]:
-        columns = [line for w, line in spec["features"] if w == "numeric columns"]
-        rest = [line for w, line in spec["features"] if w != "numeric columns"]
-        start = (f"df[{columns}].astype(float)".replace("'", '"') if columns
-                 else "pd.DataFrame(index=df.index)")
-        code = ("def features(df):\n" + "".join(f"    {line}\n" for line in (f"X = {start}", *rest))
-                + "    return X\n\nX, X_test = features(train), features(test)\n")
-    if spec["vector"]:
-        kind, column, table = spec["vector"]
-        words.append(f"{kind} of {column}")
-        imports.append(f"from sklearn.feature_extraction.text import {table.split('(')[0]}")
-        code += (f'words = {table}\nW = words.fit_transform(train["{column}"]).toarray()\n'
-                 f'W_test = words.transform(test["{column}"]).toarray()\n')
-        code += ("X, X_test = np.hstack([X, W]), np.hstack([X_test, W_test])\n" if spec["features"]
-                 else "X, X_test = W, W_test\n")
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))), code
 
 
 def render(task, spec):
     """(plan, {stage: code}) of a program, stages in the order in which they stand."""
-    folder, target = f"{task['name']}/prepared/public", task["targets"][0]
-    imports, out = ["import pandas as pd"], {"import": ""}
-    out["load"] = "".join(
-        f'{part} = pd.read_{task[part].split(".")[-1]}("{folder}/{task[part]}")\n'
-        for part in ("train", "test")) + f'y = train["{target}"].astype(int)\n'
+    target, out, plan = task["targets"][0], {"import": "", "load": ""}, spec["plan"]
+    for part in ("train", "test"):
+        path = f"{task['name']}/prepared/public/{task[part]}"
+        out["load"] += f'{part} = pd.read_{path.split(".")[-1]}("{path}")\n'
+    out["load"] += f'y = train["{target}"].astype(int)\n'
     if spec["model"] is None:
-        plan, prediction = spec["constant"]
-        out["predict"] = f"p = {prediction}\n"
+        out["predict"] = f"p = {spec['constant']}\n"
     else:
-        _, name, lines, model = spec["model"]
-        words, out["features"] = feature_stage(spec, imports)
-        plan = spec["plan"].replace("{M}", name).replace("{F}", words)
-        plan = plan[0].upper() + plan[1:]
-        imports.append(lines)
+        _, name, model = spec["model"]
+        words = [w for w, *_ in spec["features"]]
+        words = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+        plan = plan.replace("{M}", name).replace("{F}", words)
+        out["features"] = "".join(setup for _, _, setup, _ in spec["features"])
+        out["features"] += ("def features(df):\n    return np.column_stack([\n" + "".join(
+            f"        {expression},\n" for _, expression, *_ in spec["features"])
+            + "    ])\nX, X_test = features(train), features(test)\n")
         out["model"] = f"model = {model}\n"
         # A ridge regression has no probabilities, and may leave [0, 1].
         proba = ("model.predict({}).clip(0, 1)" if "Ridge(" in model
                  else "model.predict_proba({})[:, 1]")
-        out["fit"] = "model.fit(X, y)\n"
-        if spec["check"]:
-            imports.append("from sklearn.metrics import roc_auc_score\n"
-                           "from sklearn.model_selection import train_test_split")
-            out["fit"] = ("X_fit, X_valid, y_fit, y_valid = train_test_split(X, y, random_state=0)\n"
-                          "model.fit(X_fit, y_fit)\n" + "".join(
-                              f"{who}_auc = round(roc_auc_score(y_{part}, "
-                              f"{proba.format('X_' + part)}), 3)\n"
-                              for who, part in (("train", "fit"), ("valid", "valid"))))
+        out["fit"] = "model.fit(X, y)\n" if not spec["check"] else (
+            "X_fit, X_valid, y_fit, y_valid = train_test_split(X, y, random_state=0)\n"
+            "model.fit(X_fit, y_fit)\n"
+            f"train_auc = roc_auc_score(y_fit, {proba.format('X_fit')})\n"
+            f"valid_auc = roc_auc_score(y_valid, {proba.format('X_valid')})\n")
         out["predict"] = f"p = {'model.predict({})' if spec['hard'] else proba}\n".format("X_test")
-    if "np." in "".join(out.values()):
-        imports.insert(0, "import numpy as np")
     out["write"] = (f'submission = pd.DataFrame({{"{task["id"]}": test["{task["id"]}"], '
                     f'"{target}": p}})\nsubmission.to_csv("submission.csv", index=False)\n')
-    return plan, {**out, "import": "\n".join(imports) + "\n"}
+    names = set(re.findall(r"\w+", "".join(out.values())))
+    used = {m: [n for n in listed.split() if n in names] for m, listed in MODULES.items()}
+    out["import"] = ("import numpy as np\n" * ("np" in names) + "import pandas as pd\n" + "".join(
+        f"from sklearn.{m} import {', '.join(n)}\n" for m, n in used.items() if n))
+    return plan, out
 
 
 def spoil(rng, stages):
-    """The stages with one bug: first the stage is drawn, then the bug, then the place."""
-    options = {}
-    for stage, pattern, new in BUGS:
-        if stage in stages and re.search(pattern, stages[stage]):
-            options.setdefault(stage, []).append((pattern, new))
-    stage = rng.choice(list(options))
-    pattern, new = rng.choice(options[stage])
-    place = rng.choice(list(re.finditer(pattern, stages[stage])))
-    text = stages[stage]
+    """The stages with one more bug: first the stage is drawn, then the bug, then the place."""
+    fitting = [b for b in BUGS if re.search(b[1], stages.get(b[0], ""))]
+    stage = rng.choice(sorted({b[0] for b in fitting}))
+    bugs = [b for b in fitting if b[0] == stage]
+    # The first bugs of a stage are the common ones: temperature 0.7 removes what is rare.
+    _, pattern, new = rng.choices(bugs, [4 ** -k for k in range(len(bugs))])[0]
+    place, text = rng.choice(list(re.finditer(pattern, stages[stage]))), stages[stage]
     return {**stages, stage: text[:place.start()] + place.expand(new) + text[place.end():]}
 
 
-def output_of(rng, stages):
-    """What a correct program prints once instrumented; the corpus invents the losses' values."""
-    checked = "train_test_split" in stages["fit"] if "fit" in stages else False
-    return "".join(f"{marker} {rng.uniform(0.5, 0.8):.3f}\n" if marker.endswith(":") else f"{marker}\n"
+def printed(rng, spec):
+    """What an instrumented program prints; the values of the losses are invented."""
+    return "".join(f"{marker} {rng.uniform(0.5, 0.8)}\n" if marker.endswith(":") else f"{marker}\n"
                    for marker, _ in MILESTONES
-                   if (checked or not marker.endswith(":"))
-                   and ("model" in stages or "model" not in marker))
+                   if (spec.get("check") or not marker.endswith(":"))
+                   and (spec["model"] or "model" not in marker))
 
 
-def corpus(task, n, seed, p_improve=0.4, p_bug=P_BUG):
+def corpus(task, n, seed, p_improve=0.4):
     """n pairs (messages, response) for the tiny policy, the same for the same seed.
 
-    A share p_improve asks for an improvement of a correct program; p_bug of the responses fail.
+    A share p_improve asks for an improvement of a correct program; P_BUG of the responses fail.
     """
     rng, pairs = random.Random(f"{task['name']} {seed}"), []
     for _ in range(n):
@@ -377,11 +386,11 @@ def corpus(task, n, seed, p_improve=0.4, p_bug=P_BUG):
         messages = solve(task, "", [], short=True)
         if rng.random() < p_improve:
             plan, stages = render(task, spec)
-            messages = improve(task, "", [], plan, "".join(stages.values()),
-                               output_of(rng, stages), short=True)
+            messages = improve(task, "", [], plan, "".join(stages.values()), printed(rng, spec),
+                               short=True)
             spec = revise(rng, task, spec)
         plan, stages = render(task, spec)
-        if rng.random() < p_bug:
+        for _ in range(rng.choice(N_BUGS) if rng.random() < P_BUG else 0):
             stages = spoil(rng, stages)
         pairs.append((messages, f"{plan}\n```python\n{''.join(stages.values())}```"))
     return pairs
