@@ -149,7 +149,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "tiny": dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-                 sft_steps=400, sft_lr=2e-3, iterations=40, batch_size=64, mini_batch=32,
+                 sft_steps=400, sft_lr=2e-3, iterations=50, batch_size=64, mini_batch=32,
                  micro_batch=8, max_prompt_tokens=384, max_response_tokens=256,
                  lr=2e-4, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
                  reward="bounded", duration="none", timeout=20.0, cpu_limit=15.0, memory_gb=2.0,
@@ -246,6 +246,8 @@ def open_tasks(cfg):
             fold = np.random.default_rng(cfg.seed).random(len(task["truth"])) < cfg.report_fold
             task["rows"] = ~fold
             task["report_rows"] = fold if cfg.report_fold else ~fold  # 0: the paper's protocol
+            if not (task["rows"].any() and task["report_rows"].any()):
+                raise UserError(f"--report-fold {cfg.report_fold} leaves no row to reward or report")
             for rows in (task["rows"], task["report_rows"]):  # can they be graded at all?
                 with contextlib.suppress(grade.InvalidSubmission):
                     grade.grade(task, task["public"] / task["sample"], task["truth"], rows)
@@ -288,7 +290,7 @@ class PromptMaker:
         for record, width, tail in ((task, 80, 1500), (task, 0, 1500), (task, 0, 600),
                                     (task, 0, 200), (no_goal, 0, 200), (no_goal, 0, 0)):
             ids = self.encode(prompts.improve, record, self.snippets[task["name"], width],
-                              self.packages, a.plan, a.code, a.output[len(a.output) - tail:])
+                              self.packages, a.plan, a.code, a.output[-tail:] if tail else "")
             if len(ids) <= self.cfg.max_prompt_tokens:
                 return Attempt(task["name"], "improve", ids, parent=a.id)
         self.skipped += 1
@@ -324,6 +326,9 @@ class HFSampler:
 
     def sample(self, attempts, lm, version):
         """Fill response_ids, logp, version, plan and code of each attempt and yield it."""
+        # What the settings above leave open would come from the checkpoint: a repetition penalty, say,
+        # and programs would not come from the policy whose log-probs are computed.
+        lm.generation_config = transformers.GenerationConfig()
         attempts = sorted(attempts, key=lambda a: len(a.prompt_ids))  # less padding
         for k in range(0, len(attempts), self.cfg.sample_batch):
             chunk = attempts[k:k + self.cfg.sample_batch]
@@ -394,21 +399,37 @@ def instrument(code, secret, cfg):
     line of its own inside try/except, so that it cannot make the program fail.
     """
     try:
-        tree = ast.parse(code if cfg.instrument == "ast" else "")
+        odd = "\r" in code.replace("\r\n", "")  # a line end to Python, not to us
+        tree = ast.parse(code if cfg.instrument == "ast" and not odd else "")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return code
     lines, inserts = code.split("\n"), []
     starts = {n.lineno for n in ast.walk(tree) if isinstance(n, ast.stmt)}
     for marker, node, loss in milestones(tree):
-        indent = lines[node.lineno - 1][:node.col_offset]
-        alone = not indent.strip() and ";" not in lines[node.end_lineno - 1][node.end_col_offset:]
-        if alone and not starts & set(range(node.lineno + 1, node.end_lineno + 1)):
+        indent = lines[node.lineno - 1].encode()[:node.col_offset].decode()  # offsets are in bytes
+        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip()
+        inside = starts & set(range(node.lineno + 1, node.end_lineno + 1))
+        if not indent.strip() and (not rest or rest[0] == "#") and not inside:
             words = f"'{secret} {marker}'" + (f", {loss}" if loss else "")
             inserts.append((node.end_lineno,
                             f"{indent}try: print({words})\n{indent}except Exception: pass"))
     for line, text in sorted(inserts, reverse=True):
         lines.insert(line, text)
-    return "\n".join(lines)
+    return "\n".join(lines) if same_program(tree, "\n".join(lines), secret) else code
+
+def same_program(tree, instrumented, secret):
+    """Whether a program without our prints is the given tree: odd line ends might mislead us."""
+    class WithoutPrints(ast.NodeTransformer):
+        def visit_Try(self, node):
+            ours = len(node.body) == 1 and isinstance(node.body[0], ast.Expr)
+            if ours and secret in ast.dump(node.body[0]):
+                return None
+            return self.generic_visit(node)
+    try:
+        stripped = WithoutPrints().visit(ast.parse(instrumented))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return ast.dump(stripped) == ast.dump(tree)
 
 # --------------------------------------------------------------------------------------------------
 # §6 Execution (Alg. 1 l. 4-5)
@@ -710,6 +731,7 @@ def read_output(log, secret, limit):
     with open(log, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = re.finditer(rb"(?<!['\"])" + secret + rb" ([^\r\n]{0,200})", data)
         marks = [m[1].decode(errors="replace") for m in itertools.islice(found, 64)]
+        del found  # it holds on to the map
         edge = limit // 2 + len(secret)
         parts = [data[:]] if len(data) <= 2 * edge else [data[:edge], data[-edge:]]
         parts = [re.sub(secret + b" ?", b"", part) for part in parts]
@@ -725,10 +747,12 @@ def read_submission(path):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-    with open(fd, "rb") as file:
-        info = os.fstat(fd)
-        plain = stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION
-        return file.read(MAX_SUBMISSION) if plain else None
+    info = os.fstat(fd)
+    plain = stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION
+    try:
+        return os.fdopen(os.dup(fd), "rb").read(MAX_SUBMISSION) if plain else None
+    finally:
+        os.close(fd)
 
 def clean(slot, job):
     """Delete what a program leaves, in whatever state: closed folders, or thousands of them nested."""
@@ -982,10 +1006,10 @@ def reward(task, a, cfg):
     bounded = cfg.reward == "bounded"
     if not a.valid:
         return (-1.0 + MARK * marks) / 4 if bounded else FAIL + MARK * marks
-    if not bounded or task["sample_score"] is None:
+    if not bounded:
         return sign(task) * a.score
-    unit = abs(task["bronze"] - task["sample_score"]) or 1.0
-    return 0.5 + 0.5 * math.tanh(sign(task) * (a.score - task["sample_score"]) / unit)
+    sample = task["sample_score"] or 0.0  # none where the sample submission itself is refused
+    return 0.5 + 0.5 * math.tanh(sign(task) * (a.score - sample) / (abs(task["bronze"] - sample) or 1.0))
 
 class Environment:
     """P(s, env-inst(a)) of Alg. 1 l. 4: instruments, executes, grades and rewards attempts."""
@@ -1079,38 +1103,29 @@ class Environment:
 # §8 Actor, critic, reference (Table 3)
 CHUNK = 4096  # tokens whose logits exist at one time
 
-@dataclasses.dataclass
 class Learner:
-    """Everything that learns, and the frozen copy of the initial policy."""
+    """Actor (a causal LM), critic (a separate model of the same checkpoint with a scalar head) and
+    their optimizers (Table 3); ref, the frozen initial policy; tokenizer. Float32 master weights."""
 
-    actor: object  # causal LM, float32 master weights
-    critic: object  # separate model of the same checkpoint with a scalar head (Table 3)
-    ref: object  # the initial policy: KL reference and "untrained" of the evaluation
-    tokenizer: object
-    actor_opt: object
-    critic_opt: object
+    def __init__(self, cfg, folder):
+        self.actor, self.tokenizer = load_policy(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, num_labels=1)
+        config.classifier_dropout = 0.0  # its default, 0.1, would make values random
+        self.critic = transformers.AutoModelForTokenClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32).to(self.actor.device)
+        torch.nn.init.normal_(self.critic.score.weight, std=cfg.critic_init_std)
+        torch.nn.init.zeros_(self.critic.score.bias)
+        self.ref = copy.deepcopy(self.actor).to(getattr(torch, cfg.dtype)).requires_grad_(False)
+        for model in (self.actor, self.critic):
+            if cfg.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()  # no dropout anywhere: this only lets checkpointing work
+        self.actor_opt, self.critic_opt = (torch.optim.AdamW(
+            model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay,
+            fused=model.device.type == "cuda") for model, lr in (
+                (self.actor, cfg.lr), (self.critic, cfg.critic_lr)))
 
-def load_learner(cfg, folder):
-    """Actor, critic, reference and optimizers from one checkpoint folder or hub name."""
-    actor, tokenizer = load_policy(folder, cfg)
-    config = transformers.AutoConfig.from_pretrained(folder, num_labels=1)
-    config.classifier_dropout = 0.0  # its default, 0.1, would make values random
-    critic = transformers.AutoModelForTokenClassification.from_pretrained(
-        folder, config=config, dtype=torch.float32).to(actor.device)
-    torch.nn.init.normal_(critic.score.weight, std=cfg.critic_init_std)
-    torch.nn.init.zeros_(critic.score.bias)
-    ref = copy.deepcopy(actor).to(getattr(torch, cfg.dtype)).requires_grad_(False)
-    for model in (actor, critic):
-        if cfg.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # no dropout anywhere: this only lets checkpointing work
-    def optimizer(model, lr):
-        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999),
-                                 weight_decay=cfg.weight_decay, fused=actor.device.type == "cuda")
-    return Learner(actor, critic, ref.eval(), tokenizer,
-                   optimizer(actor, cfg.lr), optimizer(critic, cfg.critic_lr))
-
-def load_policy(folder, cfg):
+def load_policy(folder):
     """(model with float32 master weights, tokenizer). One clear line where it can't be had."""
     try:
         # Not AutoTokenizer: for Qwen2 it would replace the tiny tokenizer's own splitting rule.
@@ -1121,9 +1136,6 @@ def load_policy(folder, cfg):
                         "(give a folder, go online, or use --preset tiny)")
     if tokenizer.chat_template is None:
         raise UserError(f"--model {folder} has no chat template: choose an instruction-tuned model")
-    # Whatever a sampler does not set would come from here: a repetition penalty, say, and programs
-    # would no longer come from the policy whose log-probs are computed.
-    model.generation_config = transformers.GenerationConfig()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 def autocast(cfg, device):
@@ -1163,10 +1175,9 @@ def response_logprobs(lm, ids, attention, mask, cfg):
         log_p = (head(h).float() / cfg.temperature).log_softmax(-1)           # (chunk, V)
         return log_p.gather(-1, y[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
-    def run(h, y):  # logits are computed again in the backward pass rather than kept
-        return checkpoint(score, h, y, use_reentrant=False) if torch.is_grad_enabled() else score(h, y)
-
-    parts = [run(*c) for c in zip(h.split(CHUNK), y.split(CHUNK))]
+    # With a gradient, logits are computed again in the backward pass rather than kept.
+    parts = [checkpoint(score, *chunk, use_reentrant=False) if torch.is_grad_enabled()
+             else score(*chunk) for chunk in zip(h.split(CHUNK), y.split(CHUNK))]
     blank = torch.zeros(mask.shape, device=ids.device)
     return tuple(blank.masked_scatter(mask, torch.cat(p)) for p in zip(*parts))
 
@@ -1719,7 +1730,7 @@ def initial_policy(cfg, D):
     pairs, folder = read_pairs(cfg.sft) if cfg.sft else [], pathlib.Path(cfg.run, "sft")
     start = tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model
     if pairs and not folder.exists():
-        lm, tokenizer = load_policy(start, cfg)
+        lm, tokenizer = load_policy(start)
         supervised(lm, tokenizer, pairs, cfg)
         save_policy(folder, lm, tokenizer)
     return folder if pairs else start
@@ -1730,9 +1741,8 @@ RANGES = (  # flags, least and greatest value
     ("batch_size mini_batch micro_batch sample_batch ppo_epochs save_every sft_steps sft_batch "
      "max_prompt_tokens max_response_tokens eval_samples disk_mb output_kb max_procs", 1, 1e9),
     ("seed iterations max_staleness workers threads critic_warmup", 0, 1e9),
-    ("lr critic_lr sft_lr weight_decay critic_init_std clip value_clip entropy_coef kl_coef target_kl "
-     "max_is_weight", 0, 1e6), ("p_improve gamma lam", 0, 1), ("report_fold", 0, 0.99),
-    ("temperature top_p actor_grad_clip critic_grad_clip timeout cpu_limit memory_gb", 1e-6, 1e9),
+    ("lr critic_lr sft_lr weight_decay critic_init_std clip value_clip entropy_coef kl_coef target_kl", 0, 1e6), ("p_improve gamma lam", 0, 1), ("report_fold", 0, 0.99),
+    ("temperature top_p max_is_weight actor_grad_clip critic_grad_clip timeout cpu_limit memory_gb", 1e-6, 1e9),
     ("top_p", 1e-6, 1), ("oversample", 1, 1000), ("top_k", -1, 1e9))
 
 def parse(argv):
@@ -1762,6 +1772,7 @@ def parse(argv):
             ((cfg.mode == "run") != bool(cfg.program), "--mode run and --program FILE go together"),
             (cfg.mode == "run" and "," in cfg.task, "--mode run takes one task"),
             (cfg.sft and not os.path.isfile(cfg.sft), f"--sft {cfg.sft} is not a file"),
+            (cfg.sft and not os.path.getsize(cfg.sft), f"--sft {cfg.sft} is empty"),
             (os.path.isfile(cfg.run), f"--run {cfg.run} is a file, not a folder"),
             (cfg.mode in ("plot", "evaluate") and not os.path.exists(f"{cfg.run}/metrics.jsonl"),
              f"--mode {cfg.mode} needs --run with the folder of a run")):
@@ -1793,7 +1804,7 @@ def run_training(cfg, D):
     run = Run(cfg, D)
     with contextlib.closing(Environment(cfg, D)) as env:
         header(cfg, D, env)
-        learner = load_learner(cfg, initial_policy(cfg, D))
+        learner = Learner(cfg, initial_policy(cfg, D))
         state = run.load(learner)
         env.executions = state.executions
         sampler, maker = HFSampler(cfg, learner.tokenizer), PromptMaker(cfg, D, learner.tokenizer)
@@ -1819,25 +1830,23 @@ def run_training(cfg, D):
 def header(cfg, D, env):
     """What is about to run, in a few lines."""
     for task in D.values():
-        data = "STAND-IN data, scores are not comparable" if task["standin"] else "real data"
-        print(f"task       {task['name']} ({task['metric_text']}), {data}")
-    print(f"policy     {cfg.model}, preset {cfg.preset}; run folder {cfg.run}\n"
-          f"method     N={cfg.iterations} B={cfg.batch_size} m={cfg.oversample} collect={cfg.collect} "
-          f"duration={cfg.duration} reward={cfg.reward} instrument={cfg.instrument}")
-    for line in env.pool.report:
-        print(f"programs   {line}")
+        print(f"task       {task['name']}, {task['metric_text']},",
+              "STAND-IN data: scores are not comparable" if task["standin"] else "real data")
+    print(f"policy     {cfg.model} (preset {cfg.preset}), run folder {cfg.run}\n"
+          f"method     N={cfg.iterations} B={cfg.batch_size} m={cfg.oversample:g}", *(
+              f"{name}={getattr(cfg, name)}" for name in ("collect", "duration", "reward", "instrument")))
+    print(*(f"programs   {line}" for line in env.pool.report), sep="\n")
 
 def closing_table(D, state):
     """Untrained and trained policy beside the paper's numbers and MLE-bench's thresholds."""
     for name, task in D.items():
-        print(f"\n{name}, {task['metric_text']}"
-              + (" - STAND-IN data: not comparable with the rows below the line" * task["standin"]))
         table = pd.DataFrame({phase: tables[name] for phase, tables in state.evaluation.items()}).T
-        print(table.to_string(float_format=lambda v: f"{v:.4g}"))
-        for who, (value, error) in task["paper"]["Table 1"].items():
-            print(f"  paper, {who:<20} {value if value is not None else 'N/A'}")
-        print(f"  MLE-bench gold {task['gold']}, silver {task['silver']}, bronze {task['bronze']}, "
-              f"median {task['median']:.5g}")
+        for who, score in task["paper"]["Table 1"].items():
+            table.loc[f"paper: {who}", "best"] = score and score[0]
+        for medal in ("gold", "silver", "bronze", "median"):
+            table.loc[f"MLE-bench: {medal}", "best"] = task[medal]
+        print(f"\n{name}" + " - STAND-IN data, not comparable with paper or MLE-bench" * task["standin"])
+        print(table.to_string(float_format="{:.4g}".format, na_rep=""))
 
 def main(argv):
     """Run the command; returns the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
@@ -1845,26 +1854,23 @@ def main(argv):
     try:
         cfg = parse(argv)
         import_libraries()
+        torch.set_num_threads(1 if not torch.cuda.is_available() else 4)  # programs need the cores
         if cfg.mode == "plot":
             plot(pathlib.Path(cfg.run))
-            return 0
-        torch.set_num_threads(1 if not torch.cuda.is_available() else 4)  # programs need the cores
-        D = open_tasks(cfg)
-        run_program(cfg, D) if cfg.mode == "run" else run_training(cfg, D)
+        else:
+            (run_program if cfg.mode == "run" else run_training)(cfg, open_tasks(cfg))
         return 0
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command continues {cfg.run if cfg else ''}", file=sys.stderr)
+        print(f"\nstopped; the same command goes on with {cfg and cfg.run}", file=sys.stderr)
         return 130
+    except UserError as error:
+        problem = error
     except MemoryError:
         problem = "out of memory: lower --micro-batch, --workers or --memory-gb"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        problem = f"{error.strerror or error}: free space or mend permissions, then run again to go on"
-    except ValueError as error:
-        if not isinstance(error, UserError):
-            raise
-        problem = error
+        problem = f"{error}: free space or mend permissions, then run again to go on"
     print("mlerl:", " ".join(str(problem).split()), file=sys.stderr)
     return 2
 

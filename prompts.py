@@ -150,7 +150,7 @@ def snippet(task, width):
 # strong ones few: what combines both stands nowhere in the corpus, though each of its lines does.
 # It is the policy that has to find it.
 LIMIT, SIZE = (4, 1, 1, 1), 5  # SIZE: most features of any kind
-P_CONSTANT, P_HARD, P_CHECK, P_BUG = 0.04, 0.06, 0.25, 0.8
+P_CONSTANT, P_HARD, P_CHECK, P_BUG = 0.04, 0.06, 0.25, 0.84
 N_BUGS = (1, 2, 2, 3)  # in a program that has any
 
 MODELS = (  # level, words of the plan, expression

@@ -1,0 +1,2853 @@
+"""Tests of mlerl.py in the order of the paper, each named for the claim that it checks.
+
+Oracles are written from the formulas, slowly, and share nothing with the code under test. The
+language model is a real but tiny one; what executes programs is faked (`FakePool`) except where
+instrumented programs are run to see what they print.
+"""
+import ast
+import copy
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+import mlerl
+import prompts
+
+mlerl.import_libraries()
+import grade
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+
+HERE = pathlib.Path(mlerl.__file__).resolve().parent
+TASK = "random-acts-of-pizza"
+SECRET = "5ec7e7"
+MARKERS = ["imported packages", "loaded data", "defined model", "training loss:", "trained model",
+           "testing loss:", "predicted test labels"]  # Sec. 3.2, in the paper's order
+
+
+# --------------------------------------------------------------------------------------------------
+# Fixtures and fakes
+# --------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def config(**changes):
+    """A Config for the tiny models of this file; everything else is the paper's default."""
+    small = dict(dtype="float32", gradient_checkpointing=False, batch_size=4, mini_batch=4,
+                 micro_batch=3, max_prompt_tokens=3000, max_response_tokens=12, workers=2,
+                 save_every=1, model="not used", eval_samples=4)
+    return dataclasses.replace(mlerl.Config(), **(small | changes))
+
+
+def small_tokenizer():
+    """The tiny policy's kind of tokenizer, trained on 50 texts."""
+    return mlerl.tiny_tokenizer([
+        ([{"role": "user", "content": f"Task: {k}\n"}],
+         f"Use tree {k}.\n```python\nimport os\nprint({k % 5})\n```") for k in range(50)])
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory):
+    """Folder of a tiny Qwen2 with a tokenizer, in Hugging Face format."""
+    torch.manual_seed(1)
+    tokenizer = small_tokenizer()
+    lm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        initializer_range=0.3, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+    folder = tmp_path_factory.mktemp("policy")
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def learner(policy):
+    """Actor, critic and reference with plain SGD of step 1: a step shows the gradient."""
+    torch.manual_seed(2)
+    learner = mlerl.Learner(config(critic_init_std=0.5), policy)
+    learner.actor_opt = torch.optim.SGD(learner.actor.parameters(), lr=1.0)
+    learner.critic_opt = torch.optim.SGD(learner.critic.parameters(), lr=1.0)
+    return learner
+
+
+EXAMPLE = "Use tree 7.\n```python\nimport os\nprint(2)\n```"
+
+
+def random_attempts(n, seed=0, vocabulary=250):
+    """n attempts with random tokens: ragged prompts and responses, stale behaviour log-probs."""
+    rng = random.Random(seed)
+    ids = lambda low, high: [rng.randrange(2, vocabulary) for _ in range(rng.randint(low, high))]
+    attempts = [mlerl.Attempt(TASK, "solve", ids(1, 9), response_ids=ids(1, 7)) for _ in range(n)]
+    for a in attempts:
+        a.logp = [-rng.uniform(0, 8) for _ in a.response_ids]
+        a.R, a.dt = rng.gauss(0, 1), rng.uniform(0.1, 10)
+    return attempts
+
+
+def script(**what):
+    """A program that FakePool understands: what is to happen stands in its first line."""
+    return f"# {json.dumps(what)}\nx = 1\n"
+
+
+def answers(n=40):
+    """A private answer table of the pizza task."""
+    return pd.DataFrame({"request_id": [f"t3_{k:04d}" for k in range(n)],
+                         "requester_received_pizza": [k % 4 == 0 for k in range(n)]})
+
+
+def submission(noise, seed=0):
+    """CSV bytes of predictions: the truth, mixed with a share of noise."""
+    truth, rng = answers(), np.random.default_rng(seed)
+    p = (1 - noise) * truth.requester_received_pizza + noise * rng.random(len(truth))
+    return pd.DataFrame({"request_id": truth.request_id,
+                         "requester_received_pizza": p}).to_csv(index=False).encode()
+
+
+class FakePool:
+    """Executes nothing: results follow from the program's text, first in, first out."""
+
+    last = None  # the pool made last
+
+    def __init__(self, cfg, public, private, secret):
+        self.queue, self.cancelled, self.submitted, self.report = [], [], [], ["scripted"]
+        self.stage = pathlib.Path("no folder is staged")
+        FakePool.last = self
+
+    def submit(self, key, task, code):
+        self.queue.append((key, code))
+        self.submitted.append((key, code))
+
+    def wait(self, timeout=None):
+        key, code = self.queue.pop(0)
+        return key, self.run(code)
+
+    def run(self, code):
+        first = re.search(r"# (\{.*\})", code)
+        what = json.loads(first.group(1)) if first else {"outcome": "crash"}
+        result = mlerl.Result(what.get("outcome", "ok"))
+        result.dt, result.exit = what.get("dt", 1.0), 0
+        result.output, result.marks = what.get("output", "done\n"), what.get("marks", [])
+        if result.outcome == "ok":
+            result.submission = (what["file"].encode() if "file" in what
+                                 else submission(what.get("noise", 0.5)))
+        return result
+
+    def cancel(self):
+        killed = [key for key, _ in self.queue]
+        self.cancelled += killed
+        self.queue.clear()
+        return [0.5] * len(killed)
+
+    def close(self):
+        self.queue.clear()
+
+
+class ScriptedSampler:
+    """Draws tokens from torch's generator and programs from a list: a policy that can write."""
+
+    def __init__(self, cfg, tokenizer=None, programs=None):
+        self.cfg, self.calls = cfg, []
+        marks = MARKERS[:2]
+        self.programs = programs or [
+            script(dt=2.0, noise=0.9), script(dt=0.5, noise=0.7), script(dt=4.0, noise=0.8),
+            script(dt=3.0, noise=1.0, output="trained\n"), script(dt=9.0, noise=0.6),
+            script(outcome="crash", dt=0.25, marks=marks), script(outcome="timeout", dt=20.0),
+            script(outcome="import", dt=0.1), script(dt=1.0, file="nonsense"), ""]
+
+    def sample(self, attempts, lm, version):
+        self.calls.append((version, list(attempts)))
+        for a in attempts:
+            tokens = torch.randint(2, 250, (int(torch.randint(1, 8, ())),)).tolist()
+            a.response_ids, a.version = tokens, version
+            a.plan, a.code = "Plan.", self.programs[sum(tokens) % len(self.programs)]
+        logp, _ = mlerl.score_tokens(lm, attempts, self.cfg)
+        for a, row in zip(attempts, logp.tolist()):
+            a.logp = row[:len(a.response_ids)]
+            yield a
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """No execution, no look at data or packages."""
+    monkeypatch.setattr(mlerl, "Pool", FakePool)
+    monkeypatch.setattr(prompts, "importable", lambda *a, **k: ["pandas"], raising=False)
+    monkeypatch.setattr(prompts, "snippet", lambda task, width, *a, **k: "row " + "x" * width,
+                        raising=False)
+
+
+@pytest.fixture
+def D(tmp_path):
+    """The pizza task over 40 made-up answers."""
+    truth = answers()
+    everything = np.ones(len(truth), bool)
+    return {TASK: dict(grade.load_task(TASK), public=tmp_path, private=tmp_path, truth=truth,
+                       standin=True, rows=everything, report_rows=everything)}
+
+
+def environment(D, **changes):
+    env = mlerl.Environment(config(**changes), D)
+    env.secret = SECRET
+    return env
+
+
+def attempt(code, id=0, plan="Plan.", **fields):
+    return mlerl.Attempt(TASK, "solve", [1, 2], id=id, plan=plan, code=code, **fields)
+
+
+def executed(D, code, **changes):
+    """One program through Environment."""
+    env = environment(D, **changes)
+    env.submit(attempt(code))
+    return env.next()
+
+
+# --------------------------------------------------------------------------------------------------
+# Slow oracles: one sequence at a time, one token at a time, no padding
+# --------------------------------------------------------------------------------------------------
+def slow_logprobs(lm, a, temperature):
+    """Log-prob and entropy of each response token of one attempt, from a plain forward pass."""
+    ids = torch.tensor([a.prompt_ids + a.response_ids])
+    logits = lm(input_ids=ids).logits[0].float() / temperature
+    logp, entropy = [], []
+    for t, token in enumerate(a.response_ids):
+        p = torch.softmax(logits[len(a.prompt_ids) + t - 1], -1)
+        logp.append(p[token].log())
+        entropy.append(-(p * p.log()).sum())
+    return torch.stack(logp), torch.stack(entropy)
+
+
+def slow_values(critic, a):
+    """Critic's value before each response token of one attempt."""
+    scores = critic(input_ids=torch.tensor([a.prompt_ids + a.response_ids])).logits[0, :, 0]
+    return torch.stack([scores[len(a.prompt_ids) + t - 1] for t in range(len(a.response_ids))])
+
+
+def slow_aggregate(tokens, loss_agg):
+    """Loss of a list of per-token tensors, one tensor a sequence."""
+    if loss_agg == "token":
+        return sum(t.sum() for t in tokens) / sum(len(t) for t in tokens)
+    return sum(t.sum() / len(t) for t in tokens) / len(tokens)
+
+
+def slow_policy_token(logp, prox, old, A, w, clip, C):
+    """Decoupled PPO loss of one token, numbers in, number out."""
+    rho = math.exp(logp - prox)
+    near = min(max(rho, 1 - clip), 1 + clip)
+    return w * min(C, math.exp(prox - old)) * max(-A * rho, -A * near)
+
+
+def grads(loss, model):
+    """Gradient of a scalar with respect to every parameter, by name."""
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {k: torch.zeros_like(p) if g is None else g
+            for (k, p), g in zip(named.items(), found)}
+
+
+def close(a, b, tolerance=2e-5):
+    """Assert that two dicts of tensors agree, relative to the largest entry."""
+    scale = max(float(v.abs().max()) for v in b.values())
+    assert scale > 1e-6  # otherwise nothing is compared
+    for k in b:
+        assert float((a[k] - b[k]).abs().max()) <= tolerance * max(scale, 1), k
+
+
+def ragged_mask(B, T, seed=0):
+    """(B, T) bool, a first part of each row, at least one token."""
+    rng = random.Random(seed)
+    return torch.tensor([[t < n for t in range(T)]
+                         for n in [rng.randint(1, T) for _ in range(B)]])
+
+
+# --------------------------------------------------------------------------------------------------
+# Table 3
+# --------------------------------------------------------------------------------------------------
+TABLE_3 = dict(
+    max_prompt_tokens=1024, max_response_tokens=1024, batch_size=128, iterations=100,
+    temperature=0.7, top_k=-1, top_p=1.0, ignore_eos=False, dtype="bfloat16",
+    model="Qwen/Qwen2.5-3B-Instruct", gradient_checkpointing=True, lr=1e-5, critic_lr=1e-5,
+    actor_grad_clip=1.0, critic_grad_clip=1.0, mini_batch=128, micro_batch=8, clip=0.2,
+    value_clip=0.5, entropy_coef=0.001, kl_coef=0.001, gamma=1.0, lam=1.0)
+
+
+def field_lines():
+    """{field of Config: its line of source}."""
+    source = (HERE / "mlerl.py").read_text().splitlines()
+    body = next(n for n in ast.parse("\n".join(source)).body
+                if isinstance(n, ast.ClassDef) and n.name == "Config").body
+    return {n.target.id: source[n.lineno - 1] for n in body if isinstance(n, ast.AnnAssign)}
+
+
+@pytest.mark.parametrize("name, value", TABLE_3.items())
+def test_table3_default_is_the_papers(name, value):
+    assert getattr(mlerl.Config(), name) == value
+    assert "Table 3" in field_lines()[name]
+
+
+def test_table3_ppo_epochs_is_a_documented_deviation():
+    assert mlerl.Config().ppo_epochs == 1  # NOTES: Table 3's 100 was ignored by its library
+    line = field_lines()["ppo_epochs"]
+    assert "DEVIATION" in line and "100" in line
+
+
+def test_defaults_of_the_method_are_the_papers():
+    cfg = mlerl.Config()
+    assert (cfg.duration, cfg.reward, cfg.p_improve, cfg.eval_samples) == ("paper", "paper", 0.5, 128)
+    assert (cfg.collect, cfg.oversample, cfg.max_is_weight, cfg.max_staleness) == ("carry", 2, 2, 8)
+    assert cfg.loss_agg == "seq" and cfg.report_fold == 0 and cfg.weight_decay == 0.01
+
+
+def test_every_hyperparameter_has_one_commented_line():
+    lines = field_lines()
+    assert set(lines) == {f.name for f in dataclasses.fields(mlerl.Config)}
+    assert all(re.search(r"#\s*\S+", line) for line in lines.values())
+    assert mlerl.Config.__dataclass_params__.frozen
+
+
+# --------------------------------------------------------------------------------------------------
+# Sec. 3.1, Eq. 2 and 3: duration-aware gradient
+# --------------------------------------------------------------------------------------------------
+def bandit_gradients(w, n_fast, cfg):
+    """Norms of what the fast and the slow samples of a two-armed softmax add to the gradient."""
+    norms = []
+    for rows in (slice(0, n_fast), slice(n_fast, None)):
+        theta = torch.zeros(2, requires_grad=True)
+        arms = torch.tensor([0] * n_fast + [1] * (len(w) - n_fast))
+        logp = theta.log_softmax(0)[arms][:, None]
+        old, A = logp.detach(), torch.ones(len(w), 1)
+        loss = mlerl.policy_loss(logp, old, old, A, w, cfg)[0]
+        norms.append(float(torch.autograd.grad(loss[rows].sum(), theta)[0].norm()))
+    return norms
+
+
+@pytest.mark.parametrize("duration, ratio", [("none", 10.0), ("paper", 1.0)])
+def test_eq3_two_actions_counted_as_sec_31_assumes(duration, ratio):
+    cfg, pi, T = config(duration=duration), 0.5, 100
+    n_fast, n_slow = round(pi * T / 1), round(pi * T / 10)  # N = pi T / dt
+    w = mlerl.duration_weights([1.0] * n_fast + [10.0] * n_slow, cfg)
+    fast, slow = bandit_gradients(w, n_fast, cfg)
+    assert fast / slow == pytest.approx(ratio, rel=1e-4)
+
+
+def test_eq3_weights_are_dt_over_mean_dt_of_the_batch():
+    dt = [0.5, 20.0, 3.0, 0.01]
+    w = mlerl.duration_weights(dt, config())
+    assert w.dtype == torch.float32
+    assert w.tolist() == pytest.approx([t / (sum(dt) / 4) for t in dt], rel=1e-6)
+
+
+def test_eq3_what_never_ran_has_weight_one_and_does_not_shift_the_rest():
+    w = mlerl.duration_weights([None, 1.0, None, 3.0], config())
+    assert w.tolist() == pytest.approx([1.0, 0.5, 1.0, 1.5])
+    assert mlerl.duration_weights([None, None], config()).tolist() == [1.0, 1.0]
+
+
+def test_duration_none_gives_ones():
+    assert mlerl.duration_weights([0.1, 30.0, None], config(duration="none")).tolist() == [1, 1, 1]
+
+
+def test_eq3_ppo_gradient_at_theta_old_is_w_A_grad_log_pi(learner):
+    cfg, attempts = config(), random_attempts(6)
+    w = mlerl.duration_weights([a.dt for a in attempts], cfg)
+    ids, attention, mask = mlerl.padded(attempts, learner.actor.device)
+    A = torch.randn(mask.shape) * mask
+    logp, _ = mlerl.response_logprobs(learner.actor, ids, attention, mask, cfg)
+    old = logp.detach()
+    loss, clipped = mlerl.policy_loss(logp, old, old, A, w, cfg)
+    ours = grads((mlerl.token_weights(mask, "seq") * loss).sum(), learner.actor)
+    terms = [w[k] * A[k, :len(a.response_ids)] * slow_logprobs(learner.actor, a, 0.7)[0]
+             for k, a in enumerate(attempts)]
+    oracle = grads(-slow_aggregate(terms, "seq"), learner.actor)
+    close(ours, oracle)
+    assert not clipped.any()
+
+
+# --------------------------------------------------------------------------------------------------
+# Rewards with KL, GAE, whitening
+# --------------------------------------------------------------------------------------------------
+def test_kl_shaped_rewards_against_a_loop():
+    mask, R = ragged_mask(5, 7), torch.randn(5)
+    old, ref = -torch.rand(5, 7) * mask, -torch.rand(5, 7) * mask
+    r = mlerl.shape_rewards(R, old, ref, mask, 0.3)
+    for b, t in itertools.product(range(5), range(7)):
+        last = int(mask[b].sum()) - 1
+        expected = (float(R[b]) if t == last else 0.0) - 0.3 * float(old[b, t] - ref[b, t])
+        assert float(r[b, t]) == pytest.approx(expected if t <= last else 0.0, abs=1e-6)
+
+
+def test_kl_shaped_rewards_ignore_what_stands_behind_the_mask():
+    mask, R = ragged_mask(5, 7), torch.randn(5)
+    old, ref = torch.randn(5, 7), torch.randn(5, 7)
+    clean = mlerl.shape_rewards(R, old * mask, ref * mask, mask, 0.3)
+    assert torch.equal(mlerl.shape_rewards(R, old, ref, mask, 0.3), clean)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.95), (0.99, 0.0), (1.0, 0.5), (0.3, 1.0)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gae_against_the_double_sum(gamma, lam, seed):
+    torch.manual_seed(seed)
+    mask = ragged_mask(6, 9, seed)
+    r, V = torch.randn(6, 9) * mask, torch.randn(6, 9) * mask
+    A, returns = mlerl.gae(r, V, mask, gamma, lam)
+    for b in range(6):
+        n = int(mask[b].sum())
+        v = [float(x) for x in V[b, :n]] + [0.0]  # V = 0 after the last token
+        delta = [float(r[b, t]) + gamma * v[t + 1] - v[t] for t in range(n)]
+        for t in range(9):
+            expected = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n))
+            assert float(A[b, t]) == pytest.approx(expected, abs=1e-5)
+            assert float(returns[b, t]) == pytest.approx(expected + v[t] if t < n else 0, abs=1e-5)
+
+
+def test_gae_telescopes_at_gamma_and_lambda_one():
+    mask = ragged_mask(8, 11)
+    r, V = torch.randn(8, 11) * mask, torch.randn(8, 11) * mask
+    A, returns = mlerl.gae(r, V, mask, 1.0, 1.0)
+    to_go = torch.stack([torch.stack([row[t:].sum() for t in range(11)]) for row in r])
+    assert torch.allclose(A, (to_go - V) * mask, atol=1e-5)
+    assert torch.allclose(returns, to_go * mask, atol=1e-5)
+
+
+def test_gae_ignores_what_stands_behind_the_mask():
+    mask = ragged_mask(5, 6)
+    r, V, junk = torch.randn(5, 6) * mask, torch.randn(5, 6) * mask, 100 * ~mask
+    for clean, dirty in zip(mlerl.gae(r, V, mask, 0.9, 0.8),
+                            mlerl.gae(r + junk, V + junk, mask, 0.9, 0.8)):
+        assert torch.allclose(clean * mask, dirty * mask)
+
+
+def test_whitening_has_mean_0_and_variance_1_over_valid_tokens_of_each_task():
+    mask, tasks = ragged_mask(60, 20), ["a", "b", "b"] * 20
+    A = torch.randn(60, 20) * 5 + 3
+    A[[t == "b" for t in tasks]] *= 100
+    out = mlerl.whiten(A, mask, tasks)
+    for task in "ab":
+        rows = [k for k, t in enumerate(tasks) if t == task]
+        values = [float(out[k, t]) for k in rows for t in range(20) if mask[k, t]]
+        mean = sum(values) / len(values)
+        assert mean == pytest.approx(0, abs=1e-4)
+        assert sum((v - mean) ** 2 for v in values) / len(values) == pytest.approx(1, rel=0.01)
+    assert (out[~mask] == 0).all()
+
+
+def test_whitening_never_looks_at_masked_entries_and_keeps_the_input():
+    mask = ragged_mask(10, 8)
+    A = torch.randn(10, 8)
+    before = A.clone()
+    junk = torch.where(mask, A, torch.full_like(A, 1e6))
+    assert torch.equal(mlerl.whiten(A, mask, ["a"] * 10), mlerl.whiten(junk, mask, ["a"] * 10))
+    assert torch.equal(A, before)
+
+
+@pytest.mark.parametrize("values", [[[2.0]], [[2.0, 2.0, 2.0]]])
+def test_whitening_of_values_without_spread_is_finite(values):
+    A = torch.tensor(values)
+    out = mlerl.whiten(A, torch.ones_like(A).bool(), ["a"])
+    assert torch.isfinite(out).all() and out.abs().max() < 1e-3
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+# --------------------------------------------------------------------------------------------------
+def test_policy_loss_against_a_loop_stale_and_clipped():
+    cfg = config()
+    logp, prox, old, A = torch.randn(4, 40, 30).mul(0.7).unbind(0)
+    w = torch.rand(40) * 3
+    loss, clipped = mlerl.policy_loss(logp, prox, old, A, w, cfg)
+    for b, t in itertools.product(range(40), range(30)):
+        args = [float(x[b, t]) for x in (logp, prox, old, A)]
+        assert float(loss[b, t]) == pytest.approx(
+            slow_policy_token(*args, float(w[b]), clip=0.2, C=2.0), rel=1e-4, abs=1e-5)
+    assert 0.1 < float(clipped.float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("A, rho, expected, flat", [
+    (1.0, 1.5, -1.2, True),  # good action, far up: no more gain
+    (1.0, 0.5, -0.5, False),  # good action, gone down: full gradient back
+    (-1.0, 1.5, 1.5, False),  # bad action, gone up: full gradient back
+    (-1.0, 0.5, 0.8, True),  # bad action, far down: no more gain
+    (1.0, 1.1, -1.1, False), (-1.0, 0.9, 0.9, False)])  # inside the clip range
+def test_policy_clip_for_both_signs_of_A(A, rho, expected, flat):
+    logp = torch.tensor([[math.log(rho)]], requires_grad=True)
+    zero, one = torch.zeros(1, 1), torch.ones(1)
+    loss, clipped = mlerl.policy_loss(logp, zero, zero, torch.tensor([[A]]), one, config())
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert bool(clipped) == flat
+    assert (float(torch.autograd.grad(loss.sum(), logp)[0]) == 0) == flat
+
+
+def test_decoupled_loss_is_plain_ppo_for_fresh_samples():
+    logp, old, A = torch.randn(3, 6, 5).mul(0.5).unbind(0)
+    w = torch.rand(6)
+    loss, _ = mlerl.policy_loss(logp, old, old, A, w, config())
+    rho = torch.exp(logp - old)
+    plain = w[:, None] * -torch.min(A * rho, A * torch.clip(rho, 0.8, 1.2))
+    assert torch.allclose(loss, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("stale, weight", [(math.log(1.5), 1.5), (math.log(50), 2.0), (-1.0, math.exp(-1))])
+def test_stale_samples_weigh_min_C_and_clip_around_the_proximal_policy(stale, weight):
+    prox, old, one = torch.full((1, 1), stale), torch.zeros(1, 1), torch.ones(1)
+    A = torch.ones(1, 1)
+    for rho, surrogate in ((1.0, 1.0), (1.1, 1.1), (2.0, 1.2)):  # rho = pi / pi_prox
+        logp = prox + math.log(rho)
+        loss, _ = mlerl.policy_loss(logp, prox, old, A, one, config())
+        assert float(loss) == pytest.approx(-weight * surrogate, rel=1e-5)
+
+
+def test_importance_weight_carries_no_gradient():
+    logp = torch.zeros(1, 1, requires_grad=True)
+    loss, _ = mlerl.policy_loss(logp, torch.zeros(1, 1), torch.full((1, 1), -0.5), torch.ones(1, 1),
+                                torch.ones(1), config())
+    assert float(torch.autograd.grad(loss.sum(), logp)[0]) == pytest.approx(-math.exp(0.5))
+
+
+@pytest.mark.parametrize("V, expected", [
+    (0.2, 0.5 * 0.8 ** 2),  # within 0.5 of V_old = 0: plain
+    (0.9, 0.5 * 0.5 ** 2),  # moved 0.9 towards G = 1: counts as if at 0.5
+    (-2.0, 0.5 * 3.0 ** 2),  # moved away: the larger, plain error
+    (3.0, 0.5 * 2.0 ** 2)])
+def test_value_clip(V, expected):
+    v = torch.tensor([[V]])
+    loss = mlerl.value_loss(v, torch.zeros(1, 1), torch.ones(1, 1), config())
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_agg", ["seq", "token"])
+def test_aggregation_over_sequences_or_tokens(loss_agg):
+    mask, loss = ragged_mask(6, 9), torch.randn(6, 9)
+    c = mlerl.token_weights(mask, loss_agg)
+    rows = [loss[k][mask[k]] for k in range(6)]
+    assert float((c * loss).sum()) == pytest.approx(float(slow_aggregate(rows, loss_agg)), rel=1e-5)
+    assert float(c.sum()) == pytest.approx(1) and (c[~mask] == 0).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Log-probs, values, sampling: one tempered policy everywhere
+# --------------------------------------------------------------------------------------------------
+def test_padding_is_left_of_prompts_and_right_of_responses():
+    attempts = random_attempts(5)
+    ids, attention, mask = mlerl.padded(attempts, "cpu", pad=1)
+    P = max(len(a.prompt_ids) for a in attempts)
+    for k, a in enumerate(attempts):
+        left = P - len(a.prompt_ids)
+        row = [1] * left + a.prompt_ids + a.response_ids
+        assert ids[k].tolist() == row + [1] * (ids.shape[1] - len(row))
+        assert attention[k].tolist() == [int(left <= j < len(row)) for j in range(ids.shape[1])]
+        assert mask[k].tolist() == attention[k, P:].bool().tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_response_logprobs_and_entropy_equal_a_plain_forward_pass(learner, temperature):
+    attempts = random_attempts(7)
+    ids, attention, mask = mlerl.padded(attempts, "cpu")
+    logp, entropy = mlerl.response_logprobs(learner.actor, ids, attention, mask,
+                                            config(temperature=temperature))
+    for k, a in enumerate(attempts):
+        slow = slow_logprobs(learner.actor, a, temperature)
+        for ours, oracle in zip((logp, entropy), slow):
+            assert torch.allclose(ours[k, :len(oracle)], oracle, atol=1e-4)
+            assert (ours[k, len(oracle):] == 0).all()
+
+
+def test_response_values_equal_a_plain_forward_pass(learner):
+    attempts = random_attempts(7)
+    ids, attention, mask = mlerl.padded(attempts, "cpu")
+    V = mlerl.response_values(learner.critic, ids, attention, mask, config())
+    for k, a in enumerate(attempts):
+        oracle = slow_values(learner.critic, a)
+        assert torch.allclose(V[k, :len(oracle)], oracle, atol=1e-4)
+        assert (V[k, len(oracle):] == 0).all()
+
+
+def test_logits_in_chunks_change_nothing(learner, monkeypatch):
+    ids, attention, mask = mlerl.padded(random_attempts(7), "cpu")
+    args = (learner.actor, ids, attention, mask, config())
+    whole = mlerl.response_logprobs(*args)
+    gradient = grads((whole[0] + whole[1]).sum(), learner.actor)
+    monkeypatch.setattr(mlerl, "CHUNK", 3)
+    parts = mlerl.response_logprobs(*args)
+    assert torch.allclose(whole[0], parts[0], atol=1e-5)
+    close(grads((parts[0] + parts[1]).sum(), learner.actor), gradient)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 100])
+def test_score_tokens_equals_the_oracle_for_every_micro_batch(learner, micro):
+    attempts, cfg = random_attempts(7), config(micro_batch=micro)
+    logp, mask = mlerl.score_tokens(learner.actor, attempts, cfg)
+    V, _ = mlerl.score_tokens(learner.critic, attempts, cfg, mlerl.response_values)
+    for k, a in enumerate(attempts):
+        n = len(a.response_ids)
+        assert mask[k].tolist() == [t < n for t in range(mask.shape[1])]
+        assert torch.allclose(logp[k, :n], slow_logprobs(learner.actor, a, 0.7)[0], atol=1e-4)
+        assert torch.allclose(V[k, :n], slow_values(learner.critic, a), atol=1e-4)
+
+
+def test_micro_batches_hold_every_row_once():
+    attempts, rows = random_attempts(11), [0, 2, 3, 5, 7, 8, 10]
+    groups = mlerl.micro_batches(attempts, rows, 3)
+    assert sorted(k for g in groups for k in g) == rows and max(map(len, groups)) == 3
+
+
+def test_critic_starts_from_the_actors_checkpoint_with_its_own_head(policy):
+    learner = mlerl.Learner(config(), policy)
+    actor, critic = learner.actor.model.state_dict(), learner.critic.base_model.state_dict()
+    assert all(torch.equal(actor[k], critic[k]) for k in actor)
+    assert critic[next(iter(critic))].data_ptr() != actor[next(iter(actor))].data_ptr()
+    assert 0.01 < float(learner.critic.score.weight.detach().std()) < 0.03
+    assert (learner.critic.score.bias == 0).all()
+    for group in (learner.actor_opt.defaults, learner.critic_opt.defaults):
+        assert group["betas"] == (0.9, 0.999) and group["weight_decay"] == 0.01
+        assert group["lr"] == 1e-5
+    assert not any(p.requires_grad for p in learner.ref.parameters())
+
+
+def test_tokenizer_survives_saving_and_loading(policy):
+    made, (lm, loaded) = small_tokenizer(), mlerl.load_policy(policy)
+    assert len(made.encode(EXAMPLE)) < 10  # merges cross words
+    assert loaded.encode(EXAMPLE) == made.encode(EXAMPLE)
+    assert loaded.decode(loaded.encode(EXAMPLE)) == EXAMPLE
+    assert loaded.eos_token_id == made.eos_token_id
+    assert len(loaded) == lm.config.vocab_size  # no token that the model does not have
+
+
+def sampled(learner, cfg, prompts_, version=3):
+    attempts = [mlerl.Attempt(TASK, "solve", ids) for ids in prompts_]
+    return list(mlerl.HFSampler(cfg, learner.tokenizer).sample(attempts, learner.actor, version))
+
+
+def test_sampler_logp_equals_a_fresh_forward_pass(learner):
+    cfg = config(max_response_tokens=9, sample_batch=4)
+    done = sampled(learner, cfg, [a.prompt_ids for a in random_attempts(10)])
+    assert len(done) == 10 and {a.version for a in done} == {3}
+    for a in done:
+        oracle, _ = slow_logprobs(learner.actor, a, 0.7)
+        assert a.logp == pytest.approx(oracle.tolist(), abs=1e-4)
+        assert len(a.response_ids) <= 9
+
+
+def test_sampler_keeps_the_end_token_and_nothing_after(learner):
+    cfg, eos = config(max_response_tokens=12), learner.tokenizer.eos_token_id
+    with torch.no_grad():  # the end becomes a likely token
+        learner.actor.get_input_embeddings().weight[eos] *= 3
+    done = sampled(learner, cfg, [[k + 5] * 3 for k in range(200)])
+    ended = [a for a in done if eos in a.response_ids]
+    assert 0 < len(ended)
+    for a in done:
+        assert a.response_ids.count(eos) <= 1
+        assert (a.response_ids[-1] == eos) if a in ended else len(a.response_ids) == 12
+
+
+CHECKPOINT = dict(repetition_penalty=3.0, top_k=1, top_p=0.1, temperature=0.05, min_p=0.9,
+                  do_sample=False, suppress_tokens=list(range(200)), no_repeat_ngram_size=1)
+
+
+@pytest.mark.parametrize("name", [None, *CHECKPOINT])
+def test_sampler_draws_from_the_tempered_policy_whatever_the_checkpoint_says(learner, name):
+    cfg, n = config(max_response_tokens=1, sample_batch=1000), 1000
+    prompt = [7, 8]
+    for _ in range(12):  # greedy text repeats itself: a penalty on repetition would show
+        prompt.append(int(learner.actor(input_ids=torch.tensor([prompt])).logits[0, -1].argmax()))
+    if name:
+        setattr(learner.actor.generation_config, name, CHECKPOINT[name])
+    counts = np.zeros(learner.actor.config.vocab_size)
+    for a in sampled(learner, cfg, [prompt] * n):
+        counts[a.response_ids[0]] += 1
+    ids = torch.tensor([prompt])
+    p = torch.softmax(learner.actor(input_ids=ids).logits[0, -1] / 0.7, -1).detach().numpy()
+    chance = np.abs(np.random.default_rng(0).multinomial(n, p / p.sum()) / n - p).sum() / 2
+    assert p[prompt].max() > 0.05
+    distance = float(np.abs(counts / n - p).sum() / 2)
+    assert distance < 1.35 * chance + 0.01
+
+
+def test_ignore_eos_goes_on_to_the_full_length(learner):
+    learner.actor.generation_config.eos_token_id = list(range(learner.actor.config.vocab_size))
+    done = sampled(learner, config(max_response_tokens=6, ignore_eos=True), [[5, 6]] * 4)
+    assert [len(a.response_ids) for a in done] == [6] * 4
+    for a in done:
+        assert a.logp == pytest.approx(slow_logprobs(learner.actor, a, 0.7)[0].tolist(), abs=1e-4)
+
+
+def test_only_the_tokenizers_end_token_ends_a_response(learner):
+    learner.actor.generation_config.eos_token_id = list(range(learner.actor.config.vocab_size))
+    done = sampled(learner, config(max_response_tokens=6), [[5, 6]] * 20)
+    assert sum(len(a.response_ids) == 6 for a in done) > 10
+
+
+# --------------------------------------------------------------------------------------------------
+# Update (Alg. 1 l. 7)
+# --------------------------------------------------------------------------------------------------
+def update_inputs(learner, cfg, n=8):
+    """A batch whose clips bind: proximal log-probs and old values are moved away."""
+    attempts = random_attempts(n)
+    x = mlerl.assemble(attempts, learner, cfg)
+    torch.manual_seed(5)
+    x.logp_prox = (x.logp_prox + 0.4 * torch.randn(x.mask.shape)) * x.mask
+    x.logp_old = (x.logp_prox + 0.6 * torch.randn(x.mask.shape)) * x.mask
+    x.V = (x.V + torch.randn(x.mask.shape)) * x.mask
+    A, G = torch.randn(2, *x.mask.shape) * x.mask
+    return x, A, torch.rand(n) * 2, G
+
+
+def slow_update_losses(learner, x, A, w, G, cfg):
+    """Actor and critic loss of a whole batch by loops over sequences, and the means to be logged."""
+    policy, value, entropies, clips, surrogate = [], [], [], [], []
+    for k, a in enumerate(x.attempts):
+        n = len(a.response_ids)
+        logp, entropy = slow_logprobs(learner.actor, a, cfg.temperature)
+        rho = torch.exp(logp - x.logp_prox[k, :n])
+        stale = torch.exp(x.logp_prox[k, :n] - x.logp_old[k, :n]).clip(max=cfg.max_is_weight)
+        near = rho.clip(1 - cfg.clip, 1 + cfg.clip)
+        loss = -w[k] * stale * torch.min(A[k, :n] * rho, A[k, :n] * near)
+        surrogate.append(loss)
+        policy.append(loss - cfg.entropy_coef * entropy)
+        entropies.append(entropy)
+        clips.append((A[k, :n] * near < A[k, :n] * rho).float())
+        V, old = slow_values(learner.critic, a), x.V[k, :n]
+        moved = old + (V - old).clip(-cfg.value_clip, cfg.value_clip)
+        value.append(torch.max((V - G[k, :n]) ** 2, (moved - G[k, :n]) ** 2) / 2)
+    means = {key: float(slow_aggregate(parts, cfg.loss_agg).detach()) for key, parts in dict(
+        policy_loss=surrogate, value_loss=value, entropy=entropies, clip_fraction=clips).items()}
+    return (slow_aggregate(policy, cfg.loss_agg), slow_aggregate(value, cfg.loss_agg), means)
+
+
+def weights(model):
+    return {k: p.detach().clone() for k, p in model.named_parameters()}
+
+
+def step(learner, x, A, w, G, cfg, i=0):
+    """One update; returns statistics and by how much actor and critic moved."""
+    before = weights(learner.actor), weights(learner.critic)
+    stats = mlerl.update(learner, x, A, w, G, cfg, i)
+    moved = [{k: old[k] - new for k, new in weights(model).items()}
+             for model, old in zip((learner.actor, learner.critic), before)]
+    return stats, *moved
+
+
+FREE = dict(actor_grad_clip=1e9, critic_grad_clip=1e9, entropy_coef=0.1)
+
+
+@pytest.mark.parametrize("loss_agg", ["seq", "token"])
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_update_takes_the_gradient_of_the_loss_whatever_the_micro_batch(learner, micro, loss_agg):
+    cfg = config(batch_size=8, mini_batch=8, micro_batch=micro, loss_agg=loss_agg, **FREE)
+    x, A, w, G = update_inputs(learner, cfg)
+    actor_loss, critic_loss, means = slow_update_losses(learner, x, A, w, G, cfg)
+    oracle = grads(actor_loss, learner.actor), grads(critic_loss, learner.critic)
+    stats, actor, critic = step(learner, x, A, w, G, cfg)
+    close(actor, oracle[0], 1e-4)
+    close(critic, oracle[1], 1e-4)
+    for key, mean in means.items():  # means over the batch, not of the last micro-batch
+        assert stats[key] == pytest.approx(mean, rel=1e-3, abs=1e-5), key
+    assert 0 < means["clip_fraction"] < 1
+
+
+def test_value_loss_is_never_weighted_by_duration(learner):
+    cfg = config(batch_size=8, mini_batch=8, **FREE)
+    x, A, w, G = update_inputs(learner, cfg)
+    other = copy.deepcopy(learner)
+    for it in (learner, other):  # a copy's optimizer must hold the copy's parameters
+        it.actor_opt = torch.optim.SGD(it.actor.parameters(), lr=1.0)
+        it.critic_opt = torch.optim.SGD(it.critic.parameters(), lr=1.0)
+    _, actor_w, critic_w = step(learner, x, A, w, G, cfg)
+    _, actor_1, critic_1 = step(other, x, A, torch.ones(8), G, cfg)
+    assert all(torch.equal(critic_w[k], critic_1[k]) for k in critic_w)
+    assert any(not torch.allclose(actor_w[k], actor_1[k]) for k in actor_w)
+
+
+def test_gradient_norms_are_clipped(learner):
+    cfg = config(batch_size=8, mini_batch=8, actor_grad_clip=0.01, critic_grad_clip=0.02)
+    _, actor, critic = step(learner, *update_inputs(learner, cfg), cfg)
+    norm = lambda moved: math.sqrt(sum(float((v ** 2).sum()) for v in moved.values()))
+    assert norm(actor) == pytest.approx(0.01, rel=1e-3)
+    assert norm(critic) == pytest.approx(0.02, rel=1e-3)
+
+
+class Counting(torch.optim.SGD):
+    steps = 0
+
+    def step(self, *args, **kwargs):
+        self.steps += 1
+        return super().step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("changes, critic_steps, actor_steps", [
+    (dict(ppo_epochs=1), 1, 1), (dict(ppo_epochs=3), 3, 3),
+    (dict(ppo_epochs=2, mini_batch=3), 6, 6),
+    (dict(ppo_epochs=5, target_kl=1e-9), 5, 1)])  # KL > target after the first epoch
+def test_epochs_mini_batches_and_target_kl(learner, changes, critic_steps, actor_steps):
+    cfg = config(batch_size=8, **(dict(mini_batch=8) | changes))
+    x, A, w, G = update_inputs(learner, cfg)
+    learner.actor_opt = Counting(learner.actor.parameters(), lr=0.1)
+    learner.critic_opt = Counting(learner.critic.parameters(), lr=0.1)
+    mlerl.update(learner, x, A, w, G, cfg, 0)
+    assert (learner.critic_opt.steps, learner.actor_opt.steps) == (critic_steps, actor_steps)
+
+
+def test_actor_waits_for_the_critic_and_for_rewards_that_vary(learner):
+    cfg = config(batch_size=8, mini_batch=8, critic_warmup=2)
+    x, A, w, G = update_inputs(learner, cfg)
+    still = lambda moved: all((v == 0).all() for v in moved.values())
+    _, actor, critic = step(learner, x, A, w, G, cfg, i=1)
+    assert still(actor) and not still(critic)
+    assert not still(step(learner, x, A, w, G, cfg, i=2)[1])
+    x.R = torch.full_like(x.R, -10.0)
+    assert still(step(learner, x, A, w, G, cfg, i=2)[1])
+
+
+def test_assemble_scores_with_actor_reference_and_critic(learner):
+    attempts, cfg = random_attempts(5), config()
+    with torch.no_grad():
+        learner.actor.model.norm.weight *= 1.5  # actor and reference differ
+    x = mlerl.assemble(attempts, learner, cfg)
+    for k, a in enumerate(attempts):
+        n = len(a.response_ids)
+        assert x.logp_old[k, :n].tolist() == pytest.approx(a.logp)
+        assert torch.allclose(x.logp_prox[k, :n], slow_logprobs(learner.actor, a, 0.7)[0], atol=1e-4)
+        assert torch.allclose(x.logp_ref[k, :n], slow_logprobs(learner.ref, a, 0.7)[0], atol=1e-4)
+        assert torch.allclose(x.V[k, :n], slow_values(learner.critic, a), atol=1e-4)
+    assert x.R.tolist() == pytest.approx([a.R for a in attempts])
+
+
+# --------------------------------------------------------------------------------------------------
+# Reward (Sec. 3.2)
+# --------------------------------------------------------------------------------------------------
+def test_milestones_are_the_papers_seven_in_order():
+    assert [marker for marker, _ in prompts.MILESTONES] == MARKERS
+    for marker, pattern in prompts.MILESTONES:
+        matched = [m for m in MARKERS if re.search(pattern, m + " 0.5")]
+        assert matched == [marker]
+
+
+def with_marks(n, outcome="crash", **fields):
+    """An attempt that reached n milestones."""
+    marks = [m + " 0.61" if m.endswith(":") else m for m in MARKERS[:n]]
+    return attempt("x", marks=marks, **fields, outcome=outcome)
+
+
+@pytest.mark.parametrize("n", range(8))
+def test_failure_earns_minus_10_and_a_tenth_a_milestone(D, n):
+    assert mlerl.reward(D[TASK], with_marks(n), config()) == pytest.approx(-10 + 0.1 * n)
+
+
+@pytest.mark.parametrize("kind", ["paper", "bounded"])
+def test_every_milestone_earns_more(D, kind):
+    earned = [mlerl.reward(D[TASK], with_marks(n), config(reward=kind)) for n in range(8)]
+    assert all(b > a for a, b in zip(earned, earned[1:]))
+
+
+FAILURES = ["no_code", "syntax", "import", "crash", "timeout", "memory", "no_submission",
+            "invalid_submission"]
+
+
+@pytest.mark.parametrize("kind", ["paper", "bounded"])
+@pytest.mark.parametrize("outcome", FAILURES)
+def test_every_failure_is_rewarded_as_one(D, outcome, kind):
+    a, cfg = with_marks(2, outcome=outcome, score=0.9), config(reward=kind)
+    assert not a.valid
+    assert mlerl.reward(D[TASK], a, cfg) == mlerl.reward(D[TASK], with_marks(2), cfg)
+
+
+def test_a_marker_printed_twice_counts_once_and_a_loss_needs_its_value(D):
+    a = attempt("x", outcome="crash", marks=["loaded data"] * 5 + ["training loss:", "testing loss: "])
+    assert mlerl.reward(D[TASK], a, config()) == pytest.approx(-9.9)
+    a.marks.append("training loss: 0.3")
+    assert mlerl.reward(D[TASK], a, config()) == pytest.approx(-9.8)
+
+
+@pytest.mark.parametrize("higher, score, expected", [(True, 0.71, 0.71), (False, 0.71, -0.71),
+                                                     (False, 11.48, -11.48)])
+def test_valid_program_earns_the_score_signed_where_lower_is_better(D, higher, score, expected):
+    task = dict(D[TASK], higher_is_better=higher)
+    a = with_marks(7, outcome="ok", score=score)
+    assert mlerl.reward(task, a, config()) == pytest.approx(expected)  # no markers on top
+
+
+@pytest.mark.parametrize("name", sorted(grade.load_tasks()))
+def test_bounded_reward_is_monotone_and_any_valid_beats_any_failure(name):
+    task = grade.load_tasks()[name]
+    higher, gold, sample = task["higher_is_better"], task["gold"], task.get("sample_score")
+    earn = lambda n, **how: mlerl.reward(task, with_marks(n, **how), config(reward="bounded"))
+    start = task["median"] if sample is None else sample
+    scores = np.linspace(2 * start - gold, 2 * gold - start, 31)  # from worse to better than both
+    R = [earn(7, outcome="ok", score=s) for s in scores]
+    assert all(b > a for a, b in zip(R, R[1:]))
+    extreme = [earn(0, outcome="ok", score=s * (1 if higher else -1)) for s in (-1e9, -1, 0, 1, 1e9)]
+    assert min(extreme) > earn(7) > earn(0) and max(extreme) < 10  # bounded, above any failure
+    way = earn(7, outcome="ok", score=gold) - earn(7, outcome="ok", score=start)
+    assert way > 0.2 * (earn(7, outcome="ok", score=start) - earn(0))  # scores are not drowned
+
+
+@pytest.mark.parametrize("code, plan", [("", "Plan."), (" \n", "Plan."), (script(), "")])
+def test_no_plan_or_no_code_fails_completely_without_execution(D, fakes, code, plan):
+    env = environment(D)
+    env.submit(attempt(code, plan=plan))
+    a = env.next()
+    assert (a.outcome, a.R, a.dt) == ("no_code", -10, None)
+    assert FakePool.last.submitted == []
+
+
+def test_forged_prints_without_the_secret_earn_nothing(D, fakes):
+    output = "\n".join(MARKERS) + "\ntraining loss: 0.1\n"
+    a = executed(D, script(outcome="crash", output=output))
+    assert a.R == -10 and a.output == output
+
+
+def test_valid_needs_a_clean_end_and_an_accepted_submission(D, fakes):
+    good = executed(D, script(noise=0.2))
+    truth = answers().requester_received_pizza
+    p = pd.read_csv(io.BytesIO(submission(0.2))).requester_received_pizza
+    pairs = [(b > a) + (b == a) / 2 for a in p[~truth] for b in p[truth]]
+    assert (good.outcome, good.valid) == ("ok", True)
+    assert good.score == pytest.approx(sum(pairs) / len(pairs)) and good.R == good.score
+    for code, outcome in ((script(file="nonsense"), "invalid_submission"),
+                          (script(file="request_id,requester_received_pizza\nt3_0000,0.5\n"),
+                           "invalid_submission"),
+                          (script(outcome="no_submission"), "no_submission"),
+                          (script(outcome="timeout"), "timeout"), (script(outcome="crash"), "crash")):
+        a = executed(D, code)
+        assert (a.outcome, a.valid, a.R, a.score) == (outcome, False, -10, None)
+        assert bool(a.reason) == (outcome == "invalid_submission")
+
+
+def test_reward_uses_the_rewarded_rows_and_report_the_reported_ones(D, fakes):
+    task = D[TASK]
+    task["rows"] = np.arange(40) < 25
+    task["report_rows"] = ~task["rows"]
+    a = executed(D, script(noise=0.8))
+    p = pd.read_csv(io.BytesIO(submission(0.8))).requester_received_pizza
+    for rows, score in ((task["rows"], a.score), (task["report_rows"], a.report)):
+        truth = answers().requester_received_pizza[rows]
+        pairs = [(b > c) + (b == c) / 2 for c in p[rows][~truth] for b in p[rows][truth]]
+        assert score == pytest.approx(sum(pairs) / len(pairs))
+    assert a.R == a.score != a.report
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_report_fold_splits_the_private_rows(tmp_path, monkeypatch, share):
+    monkeypatch.setattr(grade, "ensure_data", lambda *a, **k: True)
+    (tmp_path / TASK / "prepared" / "private").mkdir(parents=True)
+    answers(400).to_csv(tmp_path / TASK / "prepared" / "private" / "test.csv", index=False)
+    task = mlerl.open_tasks(config(task=TASK, data_dir=str(tmp_path), report_fold=share))[TASK]
+    rows, report = np.asarray(task["rows"]), np.asarray(task["report_rows"])
+    if share:
+        assert (rows ^ report).all() and 80 < report.sum() < 160
+    else:  # the paper's protocol reports the rows that it rewards
+        assert rows.all() and report.all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Environment instrumentation (Sec. 3.2, App. C.3)
+# --------------------------------------------------------------------------------------------------
+LEARN = '''
+class RandomForestClassifier:
+    def __init__(self, **k): pass
+    def fit(self, X, y): return self
+    def predict(self, X): return [0 for _ in X]
+    predict_proba = predict
+def roc_auc_score(y, p): return 0.5
+def read_csv(path): return [1, 2, 3]
+'''  # a library that programs of these tests import: what it is called is what matters
+
+ORDINARY = '''import os
+from learn import RandomForestClassifier, read_csv, roc_auc_score
+
+train = read_csv("train.csv")
+test = read_csv("test.csv")
+model = RandomForestClassifier(n_estimators=10)
+model.fit(train, train)
+train_auc = roc_auc_score(train, model.predict(train))
+valid_auc = roc_auc_score(train, model.predict_proba(train))
+print("scores", train_auc, valid_auc)
+p = model.predict_proba(test)
+print("done", len(p))
+'''
+
+PROGRAMS = {
+    "ordinary": ORDINARY,
+    "functions": '''from learn import *
+def load(path):
+    """Reads."""
+    data = read_csv(path)
+    return data
+def main():
+    train = load("a")
+    model = RandomForestClassifier()
+    for depth in (1, 2):
+        model = RandomForestClassifier(
+            max_depth=depth,
+        )
+        model.fit(train,
+                  train)
+    p = model.predict(train)
+    return p
+print(main())
+''',
+    "with": '''import json, io
+from learn import *
+with io.StringIO("[1, 2]") as f:
+    train = json.load(f)
+with io.StringIO() as g: model = RandomForestClassifier()
+model.fit(train, train)
+print(model.predict(train))
+''',
+    "one-line suites": '''from learn import *
+if True: train = read_csv("a")
+for k in (1, 2): model = RandomForestClassifier()
+if train: model.fit(train, train)
+else: pass
+while True: p = model.predict(train); break
+print(p)
+''',
+    "one-line suite over lines": '''from learn import *
+train = read_csv("a")
+if train: model = RandomForestClassifier(
+    depth=1)
+else: model = None
+model.fit(train, train)
+print(model.predict(train))
+''',
+    "semicolons": '''import os; from learn import *
+train = read_csv("a"); test = read_csv("b")
+model = RandomForestClassifier(); model.fit(train, train)
+p = model.predict(test); print(p);
+''',
+    "semicolon then several lines": '''from learn import *
+train = read_csv("a"); total = (1 +
+    2)
+model = RandomForestClassifier(); text = """
+two"""
+model.fit(train, train)
+print(model.predict(train), total, text)
+''',
+    "unicode before a semicolon": '''from learn import *
+train = read_csv("ééééééééééééééééééééééé"); total = (1 +
+    2)
+model = RandomForestClassifier(name="日本語日本語日本語日本語"); model.fit(train,
+    train)
+print(model.predict(train), total)
+''',
+    "backslashes": '''from learn import \\
+    RandomForestClassifier, read_csv
+train = \\
+    read_csv("a")
+model = RandomForestClassifier() \\
+    .fit(train, train)
+p = model \\
+  .predict(train)
+print(p)
+''',
+    "backslash before a blank line": '''from learn import *
+train = read_csv("a") \\
+
+model = RandomForestClassifier() \\
+
+model.fit(train, train)
+print(model.predict(train))
+''',
+    "multi-line strings": '''from learn import *
+note = """
+import this
+model = RandomForestClassifier()
+"""; train = read_csv("""a
+b""")
+model = RandomForestClassifier(name=\'\'\'x
+    y\'\'\')
+model.fit(train, train)
+print(note, model.predict(train))
+''',
+    "try": '''try:
+    from learn import *
+except ImportError:
+    raise
+try:
+    train = read_csv("a")
+    model = RandomForestClassifier()
+except Exception as e:
+    print(e)
+else:
+    model.fit(train, train)
+finally:
+    print("finally")
+p = model.predict(train)
+print(p)
+''',
+    "future": '''#!/usr/bin/env python
+# -*- coding: utf-8 -*-
+"""Docstring."""
+from __future__ import annotations
+from learn import *
+train: list = read_csv("a")
+model = RandomForestClassifier()
+model.fit(train, train)
+print(__doc__, model.predict(train))
+''',
+    "future last": '''"""Docstring."""
+from __future__ import annotations
+train = [1]
+print(__doc__, train)
+''',
+    "decorators": '''from learn import *
+import functools
+@functools.lru_cache(maxsize=None)
+def load():
+    return read_csv("a")
+class Model:
+    model = RandomForestClassifier()
+    @property
+    def p(self):
+        p = self.model.predict(load())
+        return p
+m = Model()
+m.model.fit(load(), 1)
+print(m.p)
+''',
+    "main guard": '''from learn import *
+def main():
+    train = read_csv("a")
+    model = RandomForestClassifier()
+    model.fit(train, train)
+    p = model.predict(train)
+    print(p)
+
+if __name__ == "__main__":
+    main()''',
+    "tabs": '''from learn import *
+if True:
+\ttrain = read_csv("a")
+\tfor k in range(2):
+\t\tmodel = RandomForestClassifier()
+\t\tmodel.fit(train, train)
+\tp = model.predict(train)
+\tprint(p)
+''',
+    "unicode": '''from learn import *
+größe = read_csv("données_日本.csv")  # ünï
+model = RandomForestClassifier(名前="é"); print("é")
+modèle = RandomForestClassifier()
+modèle.fit(größe, größe)
+train_score = "ß"
+print("→", modèle.predict(größe))
+''',
+    "crlf": ORDINARY.replace("\n", "\r\n"),
+    "crlf block": 'from learn import *\r\nif True:\r\n    train = read_csv("a")\r\n    print(train)\r\n',
+    "lone carriage returns": ORDINARY.replace("\n", "\r"),
+    "mixed line ends": 'from learn import *\rx = 1\ntrain = read_csv("a")\rmodel = (\n1)\nprint(1)',
+    "form feed": 'from learn import *\n\x0ctrain = read_csv("a")\n\x0c\nprint(train)\n',
+    "comment behind": '''from learn import *  # one; two
+train = read_csv("a")  # three; four
+model = RandomForestClassifier()  # a "quote
+model.fit(train, train)
+print(model.predict(train))
+''',
+    "no newline at the end": "from learn import *\ntrain = read_csv('a')",
+    "one chain": '''from learn import *
+print(RandomForestClassifier().fit([1], [1]).predict(read_csv("a")))
+''',
+    "losses": '''import sys
+train_loss = 0.5
+class Odd:
+    def __str__(self): raise RuntimeError("no text")
+    __repr__ = __str__
+val_loss = Odd()
+test_acc = 1 / 3
+del train_loss
+print("end")
+''',
+    "names taken": '''from learn import *
+import builtins
+out, print = print, 5
+train = read_csv("a")
+print = out
+Exception = None
+train_loss = 0.25
+print(train)
+''',
+    "empty": "",
+    "only a comment": "# nothing\n",
+}
+
+
+def run_python(code, folder):
+    """Really execute a program: (exit code, lines of output)."""
+    (folder / "learn.py").write_text(LEARN)
+    (folder / "program.py").write_bytes(code.encode())
+    done = subprocess.run([sys.executable, "-S", "-X", "utf8", "program.py"], cwd=folder,
+                          capture_output=True, text=True, timeout=20)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def marks_of(lines):
+    """What followed the secret, as the executor reports it."""
+    return [line[len(SECRET) + 1:].strip() for line in lines if line.startswith(SECRET + " ")]
+
+
+class Uninstrument(ast.NodeTransformer):
+    """Removes try statements whose body is one print of the secret."""
+
+    def visit_Try(self, node):
+        self.generic_visit(node)
+        call = getattr(node.body[0], "value", None)
+        ours = (isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print" and call.args
+                and str(getattr(call.args[0], "value", "")).startswith(SECRET))
+        return None if ours and len(node.body) == 1 else node
+
+
+def plain_tree(code):
+    return ast.dump(Uninstrument().visit(ast.parse(code)))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_instrumented_program_differs_only_by_its_prints(name, tmp_path):
+    code = PROGRAMS[name]
+    inserted = mlerl.instrument(code, SECRET, config())
+    assert plain_tree(inserted) == plain_tree(code)
+    before, after = run_python(code, tmp_path), run_python(inserted, tmp_path)
+    assert before[0] == after[0] == 0, after[2]
+    if name != "losses":  # there a value that cannot be printed leaves half a line
+        assert [line for line in after[1] if not line.startswith(SECRET)] == before[1]
+    assert after[2] == before[2]
+
+
+@pytest.mark.parametrize("name, expected", {
+    "ordinary": [0, 1, 2, 4, 3, 5, 6], "functions": [0, 1, 2, 4, 6], "main guard": [0, 1, 2, 4, 6],
+    "tabs": [0, 1, 2, 4, 6], "crlf": [0, 1, 2, 4, 3, 5, 6], "backslashes": [0, 1, 2, 4, 6],
+    "multi-line strings": [0, 2, 4], "unicode": [0, 1, 4, 3],
+    "comment behind": [0, 1, 2, 4], "future": [0, 1, 2, 4], "future last": [0], "empty": []}.items())
+def test_markers_appear_in_order_after_their_operation(name, expected, tmp_path):
+    inserted = mlerl.instrument(PROGRAMS[name], SECRET, config())
+    said = marks_of(run_python(inserted, tmp_path)[1])
+    seen = list(dict.fromkeys(next(m for m in MARKERS if s.startswith(m)) for s in said))
+    missing = [MARKERS[k] for k in expected if MARKERS[k] not in seen]
+    assert not missing
+    if name not in ("functions", "tabs"):  # their loops pass milestones more than once
+        # A program measures its training loss after it trained: those two may stand either way.
+        rank = {m: k for k, m in enumerate(MARKERS)} | {"training loss:": 4.5}
+        assert seen == sorted(seen, key=rank.get)
+
+
+def test_losses_are_printed_with_their_value_and_only_if_computed(tmp_path):
+    said = marks_of(run_python(mlerl.instrument(ORDINARY, SECRET, config()), tmp_path)[1])
+    assert "training loss: 0.5" in said and "testing loss: 0.5" in said
+    without = "\n".join(line for line in ORDINARY.split("\n") if "_auc" not in line)
+    said = marks_of(run_python(mlerl.instrument(without, SECRET, config()), tmp_path)[1])
+    assert said and not any("loss" in s for s in said)
+
+
+@pytest.mark.parametrize("code", ["def f(:\n  pass", "x = 'open", "print(1", "  x = 1", "\x00", "é = = 1",
+                                  "(" * 300, "x = " + "-" * 5000 + "1"])
+def test_unparsable_text_is_returned_unchanged(code):
+    with pytest.raises((SyntaxError, ValueError, RecursionError, MemoryError)):
+        ast.parse(code)
+    assert mlerl.instrument(code, SECRET, config()) == code
+
+
+def test_instrument_none_changes_nothing():
+    assert mlerl.instrument(ORDINARY, SECRET, config(instrument="none")) == ORDINARY
+
+
+def test_prints_come_up_to_where_a_program_raises_and_the_ladder_is_strict(D, tmp_path):
+    lines, earned = ORDINARY.strip().split("\n"), []
+    stages = [next(k for k, line in enumerate(lines) if part in line) for part in (
+        "import os", "train = read", "model = ", "model.fit", "train_auc", "valid_auc", "p = ")]
+    for k in [*stages, len(lines)]:  # fail before each stage in turn
+        code = "\n".join([*lines[:k], "raise RuntimeError", *lines[k:]])
+        status, output, _ = run_python(mlerl.instrument(code, SECRET, config()), tmp_path)
+        assert status == 1
+        a = attempt(code, outcome="crash", marks=marks_of(output))
+        earned.append([mlerl.reward(D[TASK], a, config(reward=r)) for r in ("paper", "bounded")])
+    for earlier, later in zip(earned, earned[1:]):
+        assert earlier[0] < later[0] and earlier[1] < later[1]
+    assert (earned[0][0], earned[-1][0]) == (-10, pytest.approx(-9.3))
+
+
+def test_pool_runs_the_instrumented_program_and_the_attempt_keeps_the_original(D, fakes):
+    env, code = environment(D), ORDINARY
+    env.submit(attempt(code))
+    (_, submitted), a = FakePool.last.submitted[0], env.next()
+    assert SECRET in submitted and plain_tree(submitted) == plain_tree(code)
+    assert a.code == code and SECRET not in a.output
+
+
+def test_each_run_has_its_own_secret(D, fakes):
+    found = {mlerl.Environment(config(), D).secret for _ in range(5)}
+    assert len(found) == 5 and min(map(len, found)) >= 16
+
+
+# --------------------------------------------------------------------------------------------------
+# Responses and prompts (App. C, Sec. 3.3)
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text, plan, code", [
+    ("Plan A.\n```python\nx = 1\n```", "Plan A.", "x = 1\n"),
+    ("Plan A.\n```\nx = 1\n```\n", "Plan A.", "x = 1\n"),
+    ("Plan A.\n\n```py\nx = 1\ny = 2\n```\nDone.", "Plan A.", "x = 1\ny = 2\n"),
+    ("Plan.\n```python  \nx\n```", "Plan.", "x\n"),
+    ("Plan.\n```Python\nx\n```", "Plan.", "x\n"),
+    ("```python\nx\n```", "", "x\n"),
+    ("Plan.\n```python\nx\n```\nor\n```python\ny\n```", "Plan.", "x\n"),  # the first counts
+    ("Plan.\n```python\nx = '```'\ny\n```", "Plan.", "x = '```'\ny\n"),
+    ("Plan without a program.", "Plan without a program.", ""),
+    ("Cut.\n```python\nx = 1\n", "Cut.\n```python\nx = 1", ""),  # ran out of tokens: no program
+    ("Use `x`.\n```python\n\n```", "Use `x`.", "\n"), ("", "", "")])
+def test_parse_response(text, plan, code):
+    assert mlerl.parse_response(text) == (plan, code)
+
+
+def maker(D, policy, **changes):
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(policy)
+    return mlerl.PromptMaker(config(**changes), D, tokenizer)
+
+
+def parts_of(text, a):
+    """Which parts an improvement prompt has kept."""
+    return dict(code=a.code in text, output="LAST LINE" in text, goal="GOAL WORDS" in text,
+                snippet="row xxx" in text)
+
+
+def test_improvement_prompts_drop_snippet_then_goal_then_output_but_never_code(D, fakes, policy):
+    D[TASK]["goal"] = "GOAL WORDS " + "and so on " * 20
+    noise = "".join(f"epoch {k}\n" for k in range(300))
+    a = attempt("".join(f"value_{k} = {k}\n" for k in range(150)), output=noise + "LAST LINE\n")
+    seen, widest = [], None
+    for budget in range(8000, 1500, -100):
+        it = maker(D, policy, max_prompt_tokens=budget)
+        s = it.improve(D[TASK], a)
+        assert len(s.prompt_ids) <= budget
+        if s.kind == "solve":  # the code alone does not fit: skipped and counted
+            assert it.skipped == 1 and s.prompt_ids == it.solve(D[TASK])
+            seen.append("solve")
+            continue
+        assert it.skipped == 0 and s.parent == a.id
+        kept = parts_of(it.tokenizer.decode(s.prompt_ids), a)
+        assert kept.pop("code")
+        widest = widest or kept
+        assert kept["output"] or not kept["goal"]  # the tail of the output outlives the goal
+        assert kept["goal"] or not kept["snippet"]  # the goal outlives the snippet
+        seen.append("".join(k[0] for k, v in kept.items() if v))
+    assert widest == dict(output=True, goal=True, snippet=True)
+    assert {"ogs", "og", "o", "", "solve"} >= set(seen) >= {"ogs", "og", "o", "solve"}
+    assert seen == sorted(seen, key=["ogs", "og", "o", "", "solve"].index)
+
+
+@pytest.mark.parametrize("size", [0, 10, 700, 900, 1200, 1499])
+def test_an_output_within_its_budget_is_shown_whole(D, fakes, policy, size):
+    output = ("FIRST " + "x" * 1500)[:size]
+    s = maker(D, policy, max_prompt_tokens=9000).improve(D[TASK], attempt("x = 1\n", output=output))
+    assert output in maker(D, policy).tokenizer.decode(s.prompt_ids)
+
+
+def test_solve_prompts_fit_with_as_much_snippet_as_possible(D, fakes, policy):
+    sizes, widths = set(), []
+    whole = len(maker(D, policy, max_prompt_tokens=9000).solve(D[TASK]))
+    for budget in (whole, whole - 1, whole - 121, whole - 171):
+        it = maker(D, policy, max_prompt_tokens=budget)
+        ids = it.solve(D[TASK])
+        assert len(ids) <= budget and D[TASK]["goal"] in it.tokenizer.decode(ids)
+        sizes.add(len(ids))
+        widths.append(it.tokenizer.decode(ids).count("x" * 20))
+    assert len(sizes) == 4 and widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
+    with pytest.raises(mlerl.UserError):
+        maker(D, policy, max_prompt_tokens=50)
+
+
+def drawn(D, policy, D_prev, n, p, seed=0):
+    state = mlerl.State(random.Random(seed))
+    return mlerl.draw_prompts(D, D_prev, n, maker(D, policy), state, p), state
+
+
+def test_half_of_the_prompts_improve_a_previous_solution(D, fakes, policy):
+    D_prev = [attempt(f"x = {k}\n", id=100 + k) for k in range(3)]
+    s, state = drawn(D, policy, D_prev, 400, 0.5)
+    improve = [a for a in s if a.kind == "improve"]
+    assert 150 < len(improve) < 250
+    assert {a.parent for a in improve} == {100, 101, 102}
+    assert [a.id for a in s] == list(range(400)) and state.drawn == 400
+    assert not any(a.parent for a in s if a.kind == "solve")
+
+
+@pytest.mark.parametrize("parents, p, kind", [([], 0.5, "solve"), ([], 1.0, "solve"),
+                                              ([1], 0.0, "solve"), ([1], 1.0, "improve")])
+def test_prompts_from_scratch_while_D_prev_is_empty(D, fakes, policy, parents, p, kind):
+    s, _ = drawn(D, policy, [attempt("x = 1\n", id=k) for k in parents], 20, p)
+    assert len(s) == 20 and {a.kind for a in s} == {kind}
+
+
+def test_tasks_are_drawn_evenly_and_improved_with_their_own_solutions(D, fakes, policy):
+    D["other"] = dict(D[TASK], name="other")
+    s, _ = drawn(D, policy, [attempt("x = 1\n", id=7)], 40, 1.0)
+    assert [a.task for a in s].count("other") == 20
+    assert {a.kind for a in s if a.task == "other"} == {"solve"}
+    assert {a.kind for a in s if a.task == TASK} == {"improve"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Algorithm 1: collecting, training, logging
+# --------------------------------------------------------------------------------------------------
+def submit_all(env, codes, versions=None):
+    for k, code in enumerate(codes):
+        env.submit(attempt(code, id=k, version=versions[k] if versions else 0))
+
+
+def test_collect_takes_B_and_leaves_the_rest_in_flight(D, fakes):
+    env = environment(D)
+    submit_all(env, [script(dt=k) for k in range(7)])
+    batch, lost = env.collect(4, 0, keep=True)
+    assert [a.id for a in batch] == [0, 1, 2, 3] and len(env.unfinished()) == 3
+    assert sorted(a.id for a in env.unfinished()) == [4, 5, 6]
+    assert (lost["infra"], lost["stale"], FakePool.last.cancelled) == (0, 0, [])
+    assert [a.dt for a in batch] == [0, 1, 2, 3]
+
+
+def test_collect_first_kills_the_rest(D, fakes):
+    env = environment(D)
+    submit_all(env, [script(dt=k) for k in range(7)])
+    batch, _ = env.collect(4, 0, keep=False)
+    assert len(batch) == 4 and env.unfinished() == []
+    assert FakePool.last.cancelled == [4, 5, 6]
+
+
+def test_stale_samples_are_dropped_and_counted(D, fakes):
+    env = environment(D, max_staleness=8)
+    submit_all(env, [script()] * 4, versions=[12, 4, 3, 0])
+    batch, lost = env.collect(4, 12, keep=True)
+    assert [a.version for a in batch] == [12, 4] and lost["stale"] == 2
+
+
+def test_infra_is_left_out_and_counted_never_rewarded(D, fakes):
+    env = environment(D)
+    submit_all(env, [script(), script(outcome="infra"), *[script()] * 6])
+    batch, lost = env.collect(6, 0, keep=True)
+    assert [a.id for a in batch] == [0, 2, 3, 4, 5, 6] and lost["infra"] == 1
+
+
+def test_tick_counts_the_consumed(D, fakes):
+    env, ticks = environment(D), []
+    submit_all(env, [script()] * 3 + [script(outcome="infra")] + [script()] * 5)
+    env.collect(7, 0, keep=True, tick=lambda: ticks.append(1))
+    assert len(ticks) == 7
+
+
+@pytest.mark.parametrize("reuse, executions", [(True, 2), (False, 5)])
+def test_the_same_program_runs_once_in_a_batch_if_reuse_says_so(D, fakes, reuse, executions):
+    env, one, two = environment(D, reuse=reuse), script(dt=3.0, noise=0.3), script(dt=1.0)
+    submit_all(env, [one, one, two, one, one])
+    batch, _ = env.collect(5, 0, keep=True)
+    assert sorted(a.id for a in batch) == list(range(5))
+    assert len(FakePool.last.submitted) == executions
+    same = [a for a in batch if a.code == one]
+    assert len({(a.dt, a.score, a.R, a.outcome) for a in same}) == 1 and same[0].dt == 3.0
+    assert sum(a.reused for a in batch) == 5 - executions
+    submit_all(env, [one])  # a new batch runs it again
+    env.collect(1, 1, keep=True)
+    assert len(FakePool.last.submitted) == executions + 1
+
+
+def parts(policy, D, folder, sampler=None, seed=0, **changes):
+    """All that `train` needs, in a run folder. What was saved there is loaded."""
+    cfg = config(run=str(folder), model="tiny", **changes)  # "tiny": short prompts
+    torch.manual_seed(seed)
+    learner = mlerl.Learner(cfg, policy)
+    run = mlerl.Run(cfg, D)
+    state = run.load(learner)
+    env = mlerl.Environment(cfg, D)
+    sampler = sampler(cfg) if sampler else ScriptedSampler(cfg)
+    return cfg, D, learner, sampler, env, mlerl.PromptMaker(cfg, D, learner.tokenizer), run, state
+
+
+def finish(run, env):
+    """Release the folder's lock, as the end of the process does."""
+    env.close()
+    for value in vars(run).values():
+        if hasattr(value, "close"):
+            value.close()
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def trained(policy, D, folder, **changes):
+    """Run `train` to the end of its iterations; returns what it worked with."""
+    things = parts(policy, D, folder, **changes)
+    mlerl.train(*things)
+    finish(things[6], things[4])
+    return things
+
+
+METRICS = """iteration wall_s sample_s execute_s update_s reward_mean task_score_mean valid_share
+valid_score_mean best_score duration_mean duration_sampled_mean weight_max ess kl entropy
+clip_fraction value_loss explained_variance staleness_mean in_flight distinct variance_valid
+variance_markers variance_score outcomes""".split()
+
+
+@pytest.mark.parametrize("collect, sampled_each, in_flight, cancelled", [
+    ("carry", [8, 4, 4], [4, 4, 4], 0), ("first", [8, 8, 8], [0, 0, 0], 12),
+    ("wait", [4, 4, 4], [0, 0, 0], 0)])
+def test_alg1_consumes_exactly_B_an_iteration(fakes, D, policy, tmp_path, collect, sampled_each,
+                                              in_flight, cancelled):
+    programs = [script(dt=k + 0.5, noise=k / 10) for k in range(9)]  # all need the executor
+    *_, sampler, env, _, _, state = trained(
+        policy, D, tmp_path / "run", sampler=lambda cfg: ScriptedSampler(cfg, programs=programs),
+        iterations=3, collect=collect, oversample=2.0)
+    rows = lines(tmp_path / "run", "metrics.jsonl")
+    assert [len(s) for _, s in sampler.calls] == sampled_each
+    assert [v for v, _ in sampler.calls] == [0, 1, 2]
+    assert [row["in_flight"] for row in rows] == in_flight
+    assert [sum(row["outcomes"].values()) for row in rows] == [4, 4, 4]
+    attempts = lines(tmp_path / "run", "attempts.jsonl")
+    assert len(attempts) == 12 and len({a["id"] for a in attempts}) == 12
+    assert len(FakePool.last.cancelled) == cancelled
+    # first in, first out: `carry` consumes the oldest, so its samples grow one update stale
+    assert [row["staleness_mean"] for row in rows] == ([0, 1, 1] if collect == "carry" else [0] * 3)
+    assert state.iteration == 3
+
+
+def test_alg1_first_sees_its_batch_while_the_rest_has_not_run(fakes, D, policy, tmp_path):
+    *_, sampler, _, _, _, _ = trained(policy, D, tmp_path / "run", iterations=2, collect="first",
+                                      oversample=1.5)
+    assert [len(s) for _, s in sampler.calls] == [6, 6]
+
+
+def test_alg1_D_prev_is_replaced_by_the_valid_attempts_of_the_batch(fakes, D, policy, tmp_path):
+    *_, state = trained(policy, D, tmp_path / "run", iterations=4, collect="wait", batch_size=6,
+                        mini_batch=6)
+    attempts = lines(tmp_path / "run", "attempts.jsonl")
+    by_batch = [attempts[k:k + 6] for k in range(0, 24, 6)]
+    valid = [[a["id"] for a in batch if a["outcome"] == "ok"] for batch in by_batch]
+    assert [a.id for a in state.D_prev] == valid[-1]
+    for earlier, batch in zip([[], *valid], by_batch):
+        improve = [a for a in batch if a["kind"] == "improve"]
+        assert {a["parent"] for a in improve} <= set(earlier)
+    assert any(a["kind"] == "improve" for a in attempts)
+
+
+def test_alg1_the_buffer_holds_the_program_as_the_policy_wrote_it(fakes, D, policy, tmp_path):
+    code = "# " + json.dumps({"noise": 0.1}) + "\n" + ORDINARY
+    *_, env, maker, _, state = trained(
+        policy, D, tmp_path / "run", sampler=lambda cfg: ScriptedSampler(cfg, programs=[code]),
+        iterations=1, collect="wait")
+    assert len(state.D_prev) == 4 and {a.code for a in state.D_prev} == {code}
+    assert env.secret in FakePool.last.submitted[0][1]
+    text = (tmp_path / "run" / "attempts.jsonl").read_text()
+    assert env.secret not in text and env.secret not in (tmp_path / "run/best" / f"{TASK}.py").read_text()
+
+
+@pytest.mark.parametrize("changes", [{}, dict(critic_warmup=1), dict(collect="first")])
+def test_alg1_metrics_line_has_every_key(fakes, D, policy, tmp_path, changes):
+    trained(policy, D, tmp_path / "run", iterations=2, **changes)
+    for row in lines(tmp_path / "run", "metrics.jsonl"):
+        assert not [key for key in METRICS if key not in row]
+
+
+def test_alg1_metrics_are_means_over_the_batch(fakes, D, policy, tmp_path):
+    trained(policy, D, tmp_path / "run", iterations=3, batch_size=7, mini_batch=7, collect="wait")
+    attempts, best = lines(tmp_path / "run", "attempts.jsonl"), []
+    for i, row in enumerate(lines(tmp_path / "run", "metrics.jsonl")):
+        batch = attempts[7 * i:7 * i + 7]
+        mean = lambda values: sum(values) / len(values) if values else None
+        valid = [a for a in batch if a["outcome"] == "ok"]
+        dt = [a["dt"] for a in batch if a["dt"] is not None]
+        w = [1.0 if a["dt"] is None else a["dt"] / mean(dt) for a in batch]
+        best += [a["score"] for a in valid]
+        expected = dict(
+            iteration=i, reward_mean=mean([a["R"] for a in batch]), valid_share=len(valid) / 7,
+            task_score_mean=mean([a["score"] if a in valid else -10 for a in batch]),
+            valid_score_mean=mean([a["score"] for a in valid]), duration_mean=mean(dt),
+            weight_max=max(w), ess=sum(w) ** 2 / sum(v * v for v in w),
+            best_score=max(best, default=None), distinct=len({a["code"] for a in batch} - {""}))
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=1e-5), key
+        assert row["outcomes"] == {o: sum(a["outcome"] == o for a in batch)
+                                   for o in {a["outcome"] for a in batch}}
+
+
+def test_alg1_explained_variance_and_kl_are_over_all_tokens(fakes, D, policy, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(name):
+        function = getattr(mlerl, name)
+
+        def wrapped(*args):
+            seen[name] = args, function(*args)
+            return seen[name][1]
+
+        monkeypatch.setattr(mlerl, name, wrapped)
+
+    spy("shape_rewards"), spy("gae")
+    trained(policy, D, tmp_path / "run", iterations=3, lr=1e-2, critic_lr=1e-2)  # the last one is seen
+    row = lines(tmp_path / "run", "metrics.jsonl")[-1]
+    (_, old, ref, mask, _), _ = seen["shape_rewards"]
+    (_, V, _, _, _), (_, returns) = seen["gae"]
+    valid = [(b, t) for b, t in itertools.product(*map(range, mask.shape)) if mask[b, t]]
+    old, ref, V, G = (np.array([float(z[at]) for at in valid]) for z in (old, ref, V, returns))
+    assert abs((old - ref).mean()) > 1e-4
+    assert row["kl"] == pytest.approx((old - ref).mean(), rel=1e-3, abs=1e-6)
+    assert row["explained_variance"] == pytest.approx(1 - (G - V).var() / G.var(), rel=1e-3)
+
+
+@pytest.mark.parametrize("valid_share", [0.0, 0.3, 1.0])
+def test_variance_parts_sum_to_one_by_the_law_of_total_variance(valid_share):
+    rng = np.random.default_rng(0)
+    valid = rng.random(128) < valid_share
+    R = np.where(valid, rng.random(128), -10 + 0.1 * rng.integers(0, 8, 128))
+    out = mlerl.variance_parts(R, valid)
+    mean, total = sum(R) / 128, sum((r - sum(R) / 128) ** 2 for r in R)
+    groups = {v: [r for r, ok in zip(R, valid) if ok == v] for v in (True, False)}
+    within = {v: sum((r - sum(g) / len(g)) ** 2 for r in g) if g else 0 for v, g in groups.items()}
+    between = sum(len(g) * (sum(g) / len(g) - mean) ** 2 for g in groups.values() if g)
+    assert out["variance_score"] == pytest.approx(within[True] / total, abs=1e-9)
+    assert out["variance_markers"] == pytest.approx(within[False] / total, abs=1e-9)
+    assert out["variance_valid"] == pytest.approx(between / total, abs=1e-9)
+    assert sum(out.values()) == pytest.approx(1)
+    assert all(math.isfinite(v) for v in mlerl.variance_parts([-10.0] * 5, [False] * 5).values())
+
+
+def test_alg1_rewards_the_likelier_the_better_program(fakes, D, policy, tmp_path):
+    """Several updates on two programs raise the probability of the responses that earned more."""
+    class TwoResponses(ScriptedSampler):
+        def sample(self, attempts, lm, version):
+            for a in attempts:
+                good = bool(torch.rand(()) < 0.5)
+                a.response_ids, a.version, a.plan = [5, 6] if good else [7, 8], version, "Plan."
+                a.code = script(noise=0.1) if good else script(outcome="crash")
+            logp, _ = mlerl.score_tokens(lm, attempts, self.cfg)
+            for a, row in zip(attempts, logp.tolist()):
+                a.logp = row[:len(a.response_ids)]
+                yield a
+
+    cfg = dict(iterations=6, collect="wait", batch_size=8, mini_batch=8, lr=1e-2, p_improve=0.0)
+    _, _, learner, *_ = trained(policy, D, tmp_path / "run", sampler=TwoResponses, **cfg)
+    prompt = mlerl.PromptMaker(config(), D, learner.tokenizer).solve(D[TASK])
+
+    def odds(lm):
+        good, bad = (mlerl.Attempt(TASK, "solve", prompt, response_ids=ids)
+                     for ids in ([5, 6], [7, 8]))
+        with torch.no_grad():
+            return float(slow_logprobs(lm, good, 0.7)[0].sum() - slow_logprobs(lm, bad, 0.7)[0].sum())
+
+    assert odds(learner.actor) > odds(learner.ref) + 0.5
+
+
+def test_a_batch_without_a_single_execution_stops_with_one_clear_line(fakes, D, policy, tmp_path):
+    with pytest.raises(mlerl.UserError) as stopped:
+        trained(policy, D, tmp_path / "run", iterations=1, sampler=lambda cfg: ScriptedSampler(
+            cfg, programs=[script(outcome="infra")]))
+    assert "\n" not in str(stopped.value)
+
+
+def test_best_program_of_a_reused_result_is_saved_with_its_submission(fakes, D, policy, tmp_path):
+    *_, env, _, run, _ = parts(policy, D, tmp_path / "run", reuse=True)
+    code = script(noise=0.1)
+    submit_all(env, [code, code], versions=[0, 9])
+    batch, lost = env.collect(1, 9, keep=True)
+    assert lost["stale"] == 1 and batch[0].reused
+    run.log_attempts(batch, "train")
+    finish(run, env)
+    assert (tmp_path / "run" / "best" / f"{TASK}.csv").read_bytes() == submission(0.1)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_best_keeps_the_best_program_submission_and_score(fakes, D, policy, tmp_path, higher):
+    D[TASK]["higher_is_better"] = higher
+    *_, env, _, run, _ = parts(policy, D, tmp_path / "run")
+    codes = [script(noise=0.9, n=1), script(noise=0.2, n=2), script(outcome="crash"), script(noise=1.0)]
+    for k, code in enumerate(codes):
+        env.submit(attempt(code, id=k))
+        run.log_attempts([env.next()], "train")
+    finish(run, env)
+    scores = [a["score"] for a in lines(tmp_path / "run", "attempts.jsonl") if a["score"] is not None]
+    best = json.loads((tmp_path / "run" / "best" / f"{TASK}.json").read_text())
+    assert len(set(scores)) == 3 and best["score"] == (max if higher else min)(scores)
+    assert (tmp_path / "run" / "best" / f"{TASK}.py").read_text() == codes[best["attempt"]]
+
+
+def test_attempts_line_tells_the_whole_story(fakes, D, policy, tmp_path):
+    trained(policy, D, tmp_path / "run", iterations=2, collect="wait")
+    for row in lines(tmp_path / "run", "attempts.jsonl"):
+        assert {"task", "kind", "parent", "version", "plan", "code", "output", "outcome", "dt",
+                "score", "R"} <= set(row)
+
+
+# --------------------------------------------------------------------------------------------------
+# Resume
+# --------------------------------------------------------------------------------------------------
+TIMING = ("wall_s", "sample_s", "execute_s", "update_s")
+LEARNS = dict(batch_size=5, mini_batch=3, oversample=1.6, ppo_epochs=2, lr=1e-3, critic_lr=1e-3)
+
+
+def same(a, b):
+    """Bit-for-bit equality of nested state dicts."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(one, two, folder_one, folder_two):
+    for name in ("actor", "critic", "actor_opt", "critic_opt"):
+        assert same(*(getattr(t[2], name).state_dict() for t in (one, two))), name
+    rows = [[{k: v for k, v in row.items() if k not in TIMING} for row in lines(f, "metrics.jsonl")]
+            for f in (folder_one, folder_two)]
+    assert rows[0] == rows[1]
+    assert lines(folder_one, "attempts.jsonl") == lines(folder_two, "attempts.jsonl")
+    for field in ("iteration", "drawn", "best"):
+        assert getattr(one[-1], field) == getattr(two[-1], field)
+    assert [a.id for a in one[-1].D_prev] == [a.id for a in two[-1].D_prev]
+    assert [a.id for a in one[-1].in_flight] == [a.id for a in two[-1].in_flight]
+    assert one[-1].rng.getstate() == two[-1].rng.getstate()
+
+
+@pytest.mark.parametrize("collect", ["wait", "carry", "first"])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_resume_one_and_one_iterations_equal_two_bit_for_bit(fakes, D, policy, tmp_path, collect, reuse):
+    cfg = LEARNS | dict(collect=collect, reuse=reuse)
+    whole = trained(policy, D, tmp_path / "a", iterations=3, **cfg)
+    trained(policy, D, tmp_path / "b", iterations=1, **cfg)
+    halves = None
+    for n in (2, 3):  # a new process begins with other random numbers
+        halves = trained(policy, D, tmp_path / "b", iterations=n, **cfg | dict(seed=0))
+    assert_same_run(whole, halves, tmp_path / "a", tmp_path / "b")
+    assert not same(whole[2].actor.state_dict(), whole[2].ref.state_dict())  # it did learn
+
+
+def test_resume_forgets_what_came_after_the_last_checkpoint(fakes, D, policy, tmp_path):
+    """Killed in iteration 4, with the checkpoint of iteration 2: iteration 3 is run again."""
+    class Killed(ScriptedSampler):
+        def sample(self, attempts, lm, version):
+            for k, a in enumerate(super().sample(attempts, lm, version)):
+                if version == 3 and k == 1:
+                    raise KeyboardInterrupt
+                yield a
+
+    cfg = LEARNS | dict(save_every=2, iterations=4)
+    whole = trained(policy, D, tmp_path / "a", **cfg)
+    things = parts(policy, D, tmp_path / "b", sampler=Killed, **cfg)
+    with pytest.raises(KeyboardInterrupt):
+        mlerl.train(*things)
+    finish(things[6], things[4])
+    assert len(lines(tmp_path / "b", "metrics.jsonl")) == 3  # one more than is saved
+    again = trained(policy, D, tmp_path / "b", **cfg)
+    assert_same_run(whole, again, tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("log", ["metrics.jsonl", "attempts.jsonl"])
+def test_resume_repairs_a_half_written_last_line(fakes, D, policy, tmp_path, log):
+    whole = trained(policy, D, tmp_path / "a", iterations=2, **LEARNS)
+    trained(policy, D, tmp_path / "b", iterations=1, **LEARNS)
+    with open(tmp_path / "b" / log, "a") as file:
+        file.write('{"iteration": 1, "wall_')
+    again = trained(policy, D, tmp_path / "b", iterations=2, **LEARNS)
+    assert_same_run(whole, again, tmp_path / "a", tmp_path / "b")
+
+
+def test_resume_before_the_first_checkpoint_begins_anew(fakes, D, policy, tmp_path):
+    cfg = LEARNS | dict(save_every=2, iterations=2)
+    whole = trained(policy, D, tmp_path / "a", **cfg)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"iteration": 0}\n{"iterat')
+    (tmp_path / "b" / "checkpoint.new").write_bytes(b"half a checkpoint")
+    again = trained(policy, D, tmp_path / "b", **cfg)
+    assert_same_run(whole, again, tmp_path / "a", tmp_path / "b")
+
+
+def test_resume_with_another_flag_is_refused_in_one_line(fakes, D, policy, tmp_path):
+    trained(policy, D, tmp_path / "run", iterations=1)
+    with pytest.raises(mlerl.UserError) as refused:
+        mlerl.Run(config(run=str(tmp_path / "run"), iterations=1, lr=0.5), D)
+    assert "lr" in str(refused.value) and "0.5" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(lines(tmp_path / "run", "metrics.jsonl")) == 1  # nothing was touched
+
+
+def test_resume_may_go_on_for_more_iterations_with_other_workers(fakes, D, policy, tmp_path):
+    trained(policy, D, tmp_path / "run", iterations=1)
+    *_, state = trained(policy, D, tmp_path / "run", iterations=2, workers=5)
+    assert state.iteration == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
+def test_a_spoiled_file_of_a_run_is_one_clear_line(fakes, D, policy, tmp_path, name):
+    trained(policy, D, tmp_path / "run", iterations=1)
+    (tmp_path / "run" / name).write_bytes(b"{ not what was written")
+    with pytest.raises(mlerl.UserError) as refused:
+        parts(policy, D, tmp_path / "run", iterations=2)
+    assert name in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_two_runs_never_share_a_run_folder(D, tmp_path):
+    first = mlerl.Run(config(run=str(tmp_path / "run")), D)  # holds the lock while it lives
+    with pytest.raises(mlerl.UserError) as refused:
+        mlerl.Run(config(run=str(tmp_path / "run")), D)
+    assert "\n" not in str(refused.value) and first is not None
+
+
+def test_run_folder_can_be_loaded_by_transformers(fakes, D, policy, tmp_path):
+    _, _, learner, *_ = trained(policy, D, tmp_path / "run", iterations=1, lr=1e-3)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    assert same(dict(saved.state_dict()), dict(learner.actor.state_dict()))
+    assert (tmp_path / "run" / "mlerl.py").read_bytes() == (HERE / "mlerl.py").read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------
+# The whole command, evaluation
+# --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A data folder in MLE-bench's layout with 40 answers, marked as a stand-in."""
+    folder = tmp_path_factory.mktemp("data")
+    home = folder / TASK / "prepared"
+    (home / "public").mkdir(parents=True)
+    (home / "private").mkdir()
+    answers().to_csv(home / "private" / "test.csv", index=False)
+    for name in ("train.json", "test.json"):
+        (home / "public" / name).write_text('[{"request_id": "t3_0"}]')
+    (home / "public" / "sampleSubmission.csv").write_bytes(submission(1.0))
+    return folder
+
+
+PLOT = mlerl.plot
+
+
+@pytest.fixture
+def command(fakes, monkeypatch, data, policy, tmp_path):
+    """Call main in a fresh folder: no execution, no large model, a sampler that can write."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grade, "ensure_data", lambda *a, **k: True)
+    monkeypatch.setattr(mlerl, "HFSampler", ScriptedSampler)
+    monkeypatch.setattr(mlerl, "plot", lambda folder: None)  # slow; where it matters, PLOT is put back
+    for name in ("solve", "improve"):  # short prompts are faster
+        monkeypatch.setattr(prompts, name, lambda *parts, wording=getattr(prompts, name), short=False:
+                            wording(*parts, short=True))
+
+    def call(*argv, **flags):
+        small = dict(preset="tiny", model=policy, data_dir=data, run="r", iterations=2, batch_size=4,
+                     mini_batch=4, eval_samples=6, max_prompt_tokens=4000, max_response_tokens=9)
+        words = [str(w) for k, v in (small | flags).items() if v is not None
+                 for w in ("--" + k.replace("_", "-"), v)]
+        return mlerl.main([*words, *argv])
+
+    return call
+
+
+PHASES = ("untrained", "trained_scratch", "trained_improve")
+
+
+def test_one_command_trains_evaluates_and_draws(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(mlerl, "plot", PLOT)
+    assert command() == 0
+    run, said = tmp_path / "r", capsys.readouterr()
+    assert "STAND-IN" in said.out and "Traceback" not in said.err
+    attempts, found = lines(run, "attempts.jsonl"), json.loads((run / "evaluation.json").read_text())
+    for phase in PHASES:
+        rows = [a for a in attempts if a["phase"] == phase]
+        valid = [a["score"] for a in rows if a["outcome"] == "ok"]
+        assert found[phase]["n"] == len(rows) == 6
+        assert found[phase]["valid_share"] == pytest.approx(len(valid) / 6)
+        scores = [a["score"] if a["outcome"] == "ok" else -10 for a in rows]
+        assert found[phase]["score_mean"] == pytest.approx(sum(scores) / 6)
+        assert found[phase]["best"] == max(valid, default=None)
+        assert found[phase]["distinct"] == len({a["code"] for a in rows} - {""})
+        assert (found[phase]["valid_score_mean"] is None) == (not valid)
+    assert {a["kind"] for a in attempts if a["phase"] == "trained_improve"} == {"improve"}
+    assert {a["kind"] for a in attempts if a["phase"] in PHASES[:2]} == {"solve"}
+    scratch = {a["id"] for a in attempts if a["phase"] == "trained_scratch" and a["outcome"] == "ok"}
+    assert {a["parent"] for a in attempts if a["phase"] == "trained_improve"} <= scratch
+    assert found["executions"] == len(FakePool.last.submitted) - len(FakePool.last.cancelled)
+    assert found["standin"] is True and found["report_fold"] == 0
+    assert {"medal", "paper"} <= set(found) and found["paper"]["Table 1"]
+    assert (run / "figures").is_dir() and list((run / "figures").glob("*.png"))
+    assert len(lines(run, "metrics.jsonl")) == 2
+
+
+def test_figures_are_drawn_again_from_the_folder_alone(command, monkeypatch, tmp_path):
+    assert command() == 0
+    monkeypatch.setattr(mlerl, "plot", PLOT)
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 2, "wall')  # its writer was killed in the middle of a line
+    assert mlerl.main(["--mode", "plot", "--run", str(tmp_path / "r")]) == 0
+    assert list((tmp_path / "r" / "figures").glob("*.png"))
+
+
+def test_the_same_command_again_changes_no_result(command, tmp_path):
+    assert command() == 0
+    names = ("evaluation.json", "attempts.jsonl", "metrics.jsonl")
+    before = [(tmp_path / "r" / name).read_bytes() for name in names]
+    assert command() == 0
+    assert [(tmp_path / "r" / name).read_bytes() for name in names] == before
+
+
+def test_killed_in_the_evaluation_and_called_again_equals_a_run_in_one_go(command, tmp_path, monkeypatch):
+    assert command(run="a") == 0
+
+    class Killed(ScriptedSampler):
+        def sample(self, attempts, lm, version):
+            self.calls.append(None)
+            if len(self.calls) == 4:  # untrained, two iterations, then this
+                raise KeyboardInterrupt
+            self.calls.pop()
+            yield from super().sample(attempts, lm, version)
+
+    monkeypatch.setattr(mlerl, "HFSampler", Killed)
+    assert command(run="b") == 130
+    monkeypatch.setattr(mlerl, "HFSampler", ScriptedSampler)
+    assert command(run="b") == 0
+    assert lines(tmp_path / "a", "attempts.jsonl") == lines(tmp_path / "b", "attempts.jsonl")
+    one, two = (json.loads((tmp_path / f / "evaluation.json").read_text()) for f in "ab")
+    assert {k: one[k] for k in PHASES} == {k: two[k] for k in PHASES}
+
+
+def test_iterations_0_evaluates_the_untrained_policy(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(mlerl, "plot", PLOT)
+    assert command(iterations=0) == 0
+    found = json.loads((tmp_path / "r" / "evaluation.json").read_text())
+    assert found["untrained"]["n"] == 6 and found["trained_scratch"]["n"] == 6
+
+
+def test_mode_evaluate_adds_an_evaluation(command, tmp_path):
+    assert command() == 0
+    assert command(mode="evaluate") == 0
+    phases = [a["phase"] for a in lines(tmp_path / "r", "attempts.jsonl")]
+    assert phases.count("trained_improve") == 12 and phases.count("untrained") == 6
+
+
+def test_mode_run_prints_one_json_object(command, tmp_path, capsys):
+    (tmp_path / "p.py").write_text(script(noise=0.2, marks=MARKERS[:2]))
+    assert command(mode="run", program="p.py") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"outcome", "reward", "score", "markers", "duration", "output", "submission"} <= set(found)
+    assert (found["outcome"], found["markers"]) == ("ok", MARKERS[:2])
+    assert (tmp_path / found["submission"]).read_bytes() == submission(0.2)
+
+
+@pytest.mark.parametrize("pairs, steps", [(6, 30)])
+def test_supervised_fine_tuning_raises_the_likelihood_of_responses(policy, pairs, steps):
+    learner = mlerl.Learner(config(), policy)
+    texts = [([{"role": "user", "content": f"Task: {k}"}], f"Use tree {k}.\n```python\nx\n```")
+             for k in range(pairs)]
+
+    def likelihood():
+        total = 0.0
+        for chat, response in texts:
+            prompt = learner.tokenizer.apply_chat_template(chat, add_generation_prompt=True,
+                                                           return_dict=True)["input_ids"]
+            ids = [*learner.tokenizer.encode(response), learner.tokenizer.eos_token_id]
+            total += float(slow_logprobs(learner.actor, mlerl.Attempt(
+                TASK, "solve", list(prompt), response_ids=ids), 1.0)[0].sum().detach())
+        return total
+
+    before = likelihood()
+    mlerl.supervised(learner.actor, learner.tokenizer, texts,
+                     config(sft_steps=steps, sft_lr=1e-2, sft_batch=4))
+    assert likelihood() > 0.5 * before  # log-likelihoods are negative
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+def one_clear_line(code, capfd):
+    """Exit code 2 and one line that a person understands."""
+    error = capfd.readouterr().err
+    assert code == 2, error
+    assert len(error.splitlines()) == 1 and error.startswith("mlerl: "), error
+    assert "Traceback" not in error and 10 < len(error) < 600
+    return error
+
+
+def test_help_needs_no_torch():
+    program = ("import sys, mlerl\n"
+               "try: mlerl.main(['--help'])\nexcept SystemExit as end: assert not end.code\n"
+               "heavy = {'torch', 'transformers', 'pandas', 'sklearn'} & set(sys.modules)\n"
+               "assert not heavy, heavy")
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for field in dataclasses.fields(mlerl.Config):
+        assert "--" + field.name.replace("_", "-") in done.stdout
+
+
+def test_a_bad_flag_of_the_real_command_is_one_line():
+    done = subprocess.run([sys.executable, "mlerl.py", "--colect", "carry"], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("mlerl: ") and len(done.stderr.splitlines()) == 1
+    assert "colect" in done.stderr
+
+
+WRONG_WORDS = [
+    dict(mode="fly"), dict(collect="second"), dict(duration="long"), dict(reward="big"),
+    dict(instrument="magic"), dict(preset="huge"), dict(loss_agg="mean"), dict(dtype="int8"),
+    dict(seed="one"), dict(lr="fast"), dict(batch_size="4.5")]
+WRONG_NUMBERS = [
+    dict(batch_size=0), dict(mini_batch=0), dict(micro_batch=-1), dict(ppo_epochs=0),
+    dict(sample_batch=0), dict(save_every=0), dict(eval_samples=-1), dict(iterations=-1),
+    dict(oversample=0.5), dict(oversample="nan"), dict(oversample="inf"), dict(temperature=0),
+    dict(temperature="nan"), dict(top_p=0), dict(top_p=1.5), dict(top_k=-2), dict(p_improve=1.5),
+    dict(p_improve="nan"), dict(report_fold=1.0), dict(report_fold=-0.1), dict(timeout=0),
+    dict(timeout="nan"), dict(cpu_limit=-1), dict(memory_gb=0), dict(disk_mb=0), dict(output_kb=-1),
+    dict(max_procs=0), dict(workers=-1), dict(threads=-1), dict(seed=-1), dict(lr=-1),
+    dict(critic_lr="nan"), dict(clip=-0.1), dict(lam=1.5), dict(gamma=-1), dict(max_is_weight=0),
+    dict(max_prompt_tokens=0), dict(max_response_tokens=0), dict(max_staleness=-1),
+    dict(sft_steps=0), dict(sft_batch=0)]
+WRONG_COMBINATIONS = [
+    (dict(mode="run"), "program"), (dict(program="p.py"), "program"),
+    (dict(mode="run", program="p.py", task=f"{TASK},{TASK}"), "one task"),
+    (dict(mode="evaluate", run="nowhere"), "run"), (dict(mode="plot", run="nowhere"), "run")]
+
+
+def name_of(value):
+    return " ".join(f"{k}={x}" for k, x in value.items()) if isinstance(value, dict) else "says"
+
+
+def says(error, flag):
+    """Whether a line names a flag, as --batch-size or as batch_size."""
+    return re.search(rf"\b{re.escape(flag).replace('_', '[-_]')}\b", error)
+
+
+@pytest.mark.parametrize("flags, said", [
+    *((f, next(iter(f))) for f in WRONG_WORDS + WRONG_NUMBERS), *WRONG_COMBINATIONS], ids=name_of)
+def test_a_flag_that_makes_no_sense_is_one_line_that_names_it(command, monkeypatch, capfd, flags, said):
+    def accepted(cfg):
+        raise AssertionError("accepted")
+
+    monkeypatch.setattr(mlerl, "open_tasks", accepted)
+    error = one_clear_line(command(**flags), capfd)
+    assert says(error, said), error
+
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(task="random-acts-of-piza"), TASK), (dict(task=""), "task"),
+    (dict(task=f"{TASK},nonsense"), "nonsense"),
+    (dict(max_prompt_tokens=5), "max_prompt_tokens"),
+    (dict(report_fold=0.001), "report_fold"),  # too few rows for a score
+    (dict(mode="run", program="missing.py"), "missing.py"), (dict(mode="run", program="."), "program"),
+    (dict(mode="run", program="binary"), "binary"),
+    (dict(sft="missing.jsonl"), "missing.jsonl"), (dict(sft="."), "sft"),
+    (dict(sft="text.jsonl"), "text.jsonl"), (dict(sft="keys.jsonl"), "keys.jsonl"),
+    (dict(sft="types.jsonl"), "types.jsonl"), (dict(sft="list.jsonl"), "list.jsonl"),
+    (dict(sft="empty"), "empty"), (dict(sft="binary"), "binary"),
+    (dict(model="missing"), "missing"), (dict(model="empty"), "empty"), (dict(model="none/x"), "none/x"),
+    (dict(model="bad_config"), "bad_config"), (dict(model="bad_weights"), "bad_weights"),
+    (dict(model="no_weights"), "no_weights"), (dict(model="no_tokenizer"), "no_tokenizer"),
+    (dict(model="no_template"), "template"), (dict(run="binary"), "binary"),
+    (dict(mode="plot", run="begun"), "begun"), (dict(mode="plot", run="spoiled"), "spoiled"),
+    (dict(run="spoiled"), "spoiled")], ids=name_of)
+def test_bad_input_is_one_clear_line(command, monkeypatch, policy, tmp_path, capfd, flags, said):
+    def trains(*args):
+        raise AssertionError("accepted")
+
+    monkeypatch.setattr(mlerl, "train", trains)
+    texts = {"p.py": script(), "empty": "", "text.jsonl": "prompt and response\n",
+             "keys.jsonl": '{"prompt": "a"}\n', "types.jsonl": '{"prompt": 5, "response": [7]}\n',
+             "list.jsonl": "[1, 2]\n", "begun/config.json": "{}", "spoiled/config.json": "{ nonsense"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    spoil_model(policy, tmp_path / str(flags.get("model", "no model")))
+    if flags.get("mode") == "plot":
+        monkeypatch.setattr(mlerl, "plot", PLOT)
+    error = one_clear_line(command(**flags), capfd)
+    assert says(error, said), error
+
+
+def spoil_model(policy, folder):
+    """A copy of the model folder with what its name says; nothing for other names."""
+    if folder.name not in ("bad_config", "bad_weights", "no_weights", "no_tokenizer", "no_template"):
+        return
+    folder.mkdir()
+    for file in policy.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights_file = folder / "model.safetensors"
+    if folder.name == "bad_config":
+        (folder / "config.json").write_text("{ nonsense")
+    elif folder.name == "bad_weights":
+        weights_file.write_bytes(weights_file.read_bytes()[:1000])
+    elif folder.name == "no_weights":
+        weights_file.unlink()
+    elif folder.name == "no_tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    elif folder.name == "no_template":
+        (folder / "chat_template.jinja").unlink()
+
+
+def test_resuming_with_another_flag_is_one_clear_line(command, capfd):
+    assert command(iterations=1) == 0
+    capfd.readouterr()
+    assert "clip" in one_clear_line(command(iterations=1, clip=0.3), capfd)
+
+
+def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(command, monkeypatch, tmp_path, capfd):
+    save = torch.save
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    one_clear_line(command(), capfd)
+    monkeypatch.setattr(torch, "save", save)
+    assert command() == 0 and len(lines(tmp_path / "r", "metrics.jsonl")) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# The file is the paper's: citations, contents, flags, budgets
+# --------------------------------------------------------------------------------------------------
+SOURCE = (HERE / "mlerl.py").read_text()
+TREE = ast.parse(SOURCE)
+BANNERS = re.findall(r"^# (§\d+) +(.*)$", SOURCE, re.MULTILINE)
+
+
+def body():
+    """The source without the module's docstring and the section banners."""
+    after = SOURCE.split('"""', 2)[2]
+    return re.sub(r"^# §.*$", "", after, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("citation", ["Eq. 2", "Eq. 3", "Table 3", "Alg. 1", "Sec. 3.1", "Sec. 3.2",
+                                      "Sec. 3.3", "Sec. 4.1", "App. C", "Fig. 2", "Fig. 8", "Fig. 9",
+                                      "Fig. 10", *[f"l. {k}" for k in range(1, 9)]])
+def test_the_paper_is_cited_where_it_is_implemented(citation):
+    pattern = (rf"(?:{re.escape(citation)}|Fig\. [\d, -]*\b{citation[5:]})(?!\d)"
+               if citation.startswith("Fig") else re.escape(citation) + r"(?!\d)")
+    assert re.search(pattern, body())
+
+
+def test_train_follows_algorithm_1_in_order():
+    function = next(n for n in TREE.body if getattr(n, "name", "") == "train")
+    text = ast.get_source_segment(SOURCE, function)
+    cited = [int(k) for k in re.findall(r"# l\. (\d)", text)]
+    assert cited == sorted(cited) and set(cited) == set(range(1, 9))
+    assert function.end_lineno - function.lineno + 1 <= 85
+
+
+def test_contents_match_the_banners():
+    contents = re.findall(r"^ +(§\d+) +(.*)$", ast.get_docstring(TREE, clean=False), re.MULTILINE)
+    assert contents == BANNERS and len(BANNERS) >= 10
+    assert [int(n[1:]) for n, _ in BANNERS] == list(range(1, len(BANNERS) + 1))
+
+
+@pytest.mark.parametrize("flag", ["collect", "duration", "reward", "instrument"])
+def test_an_ablation_flag_is_read_on_one_line(flag):
+    printed = {id(n) for s in ast.walk(TREE) if isinstance(s, ast.JoinedStr) for n in ast.walk(s)}
+    read = {n.lineno for n in ast.walk(TREE) if isinstance(n, ast.Attribute) and n.attr == flag
+            and ast.unparse(n.value).split(".")[-1] == "cfg" and id(n) not in printed}
+    assert len(read) == 1
+
+
+def test_every_flag_is_read_somewhere():
+    read = {n.attr for n in ast.walk(TREE) if isinstance(n, ast.Attribute)}
+    words = {n.value for n in ast.walk(TREE) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    unread = [f.name for f in dataclasses.fields(mlerl.Config) if f.name not in read | words]
+    assert unread == []
+
+
+OVER = "mlerl.py and prompts.py are over their budgets and await cutting"
+
+
+@pytest.mark.parametrize("name, budget", [
+    pytest.param("mlerl.py", 1500, marks=pytest.mark.xfail(strict=True, reason=OVER)), ("grade.py", 600),
+    pytest.param("prompts.py", 350, marks=pytest.mark.xfail(strict=True, reason=OVER))])
+def test_line_budgets_hold(name, budget):
+    assert len((HERE / name).read_text().splitlines()) <= budget
+
+
+@pytest.mark.parametrize("name", ["mlerl.py", "grade.py", "prompts.py"])
+def test_no_line_is_wider_than_100(name):
+    rows = (HERE / name).read_text().splitlines()
+    assert [k for k, row in enumerate(rows, 1) if len(row) > 100] == []
+
+
+@pytest.mark.parametrize("name", ["mlerl.py", "grade.py", "prompts.py"])
+def test_functions_are_short_documented_and_catch_nothing_blindly(name):
+    tree = ast.parse((HERE / name).read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    length = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
+    assert [f for f, n in length.items() if n > 40 and f != "train"] == []
+    handlers = [n for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler)]
+    assert [n.lineno for n in handlers if n.type is None] == []
+
+# --------------------------------------------------------------------------------------------------
+# Execution: real programs, real walls
+# --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def real_pool(tmp_path_factory):
+    """A Pool with two workers over a small public folder and private answers."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "public").mkdir()
+    (folder / "private").mkdir()
+    (folder / "public" / "train.csv").write_text("id,x\n1,2\n")
+    (folder / "private" / "answers.csv").write_text("id,label\nTHE-ANSWER,1\n")
+    cfg = config(timeout=6.0, cpu_limit=5.0, memory_gb=1.0, disk_mb=32, workers=2, unsafe_exec=True)
+    pool = mlerl.Pool(cfg, {TASK: folder / "public"}, [folder / "private"], SECRET)
+    yield pool, folder
+    pool.close()
+
+
+def run_real(real_pool, code):
+    """The Result of one program."""
+    pool, _ = real_pool
+    pool.submit("one", TASK, code)
+    key, result = pool.wait()
+    assert key == "one"
+    return result
+
+
+WRITE = "open('submission.csv', 'w').write('id,x\\n1,0\\n')\n"
+
+
+@pytest.mark.parametrize("code, outcome", [
+    (WRITE, "ok"), ("x = (", "syntax"), ("import no_such_module_at_all", "import"),
+    (WRITE + "1 / 0", "crash"), (WRITE + "import os; os._exit(3)", "crash"), ("pass", "no_submission"),
+    (WRITE + "import sys; sys.exit(0)", "ok"), ("raise MemoryError", "memory"),
+    (WRITE + "while True: pass", "timeout"), (WRITE + "import time; time.sleep(60)", "timeout"),
+    ("import os; os.mkdir('submission.csv')", "no_submission"),
+    ("import os; os.mkfifo('submission.csv')", "no_submission"),
+    ("import os; os.symlink('/etc/passwd', 'submission.csv')", "no_submission")])
+def test_a_programs_outcome_is_named_and_an_error_is_never_a_success(real_pool, code, outcome):
+    result = run_real(real_pool, code)
+    assert result.outcome == outcome, result.output
+    assert (result.submission is not None) == (outcome == "ok")
+
+
+def test_a_program_sees_the_public_folder_and_not_the_answers(real_pool):
+    pool, folder = real_pool
+    if any("NOT enforced" in line and "answers" in line for line in pool.report):
+        pytest.skip("answers cannot be protected on this machine: " + pool.report[-1])
+    seen = run_real(real_pool, f"print(open('{TASK}/prepared/public/train.csv').read())\n"
+                    f"try:\n    print(open({str(folder / 'private' / 'answers.csv')!r}).read())\n"
+                    "except OSError:\n    print('closed')\n").output
+    assert "id,x" in seen and "closed" in seen and "THE-ANSWER" not in seen
+
+
+def test_a_program_cannot_signal_the_trainer(real_pool):
+    pool, _ = real_pool
+    if any("NOT enforced" in line and "trainer" in line for line in pool.report):
+        pytest.skip("the trainer cannot be protected on this machine: " + pool.report[-1])
+    seen = run_real(real_pool, f"import os\ntry:\n    os.kill({os.getpid()}, 0)\n    print('reached')\n"
+                    "except OSError:\n    print('closed')\n").output
+    assert "closed" in seen and "reached" not in seen
+
+
+def test_marks_need_the_secret_and_the_secret_is_not_kept(real_pool):
+    result = run_real(real_pool, f"print('loaded data')\nprint('{SECRET} imported packages')\n")
+    assert result.marks == ["imported packages"]
+    assert SECRET not in result.output and "loaded data" in result.output
+
+
+def test_more_than_64_marks_are_no_fault_of_ours(real_pool):
+    result = run_real(real_pool, f"for k in range(500): print('{SECRET} training loss:', k)\n" + WRITE)
+    assert result.outcome == "ok" and result.marks[0] == "training loss: 0"
+
+
+def test_what_a_killed_program_printed_is_kept(real_pool):
+    result = run_real(real_pool, f"print('{SECRET} loaded data')\nimport time; time.sleep(60)")
+    assert result.outcome == "timeout" and result.marks == ["loaded data"]
+    assert result.dt == 6.0
+
+
+def test_a_flood_of_output_ends_the_program_not_the_run(real_pool):
+    result = run_real(real_pool, "while True: print('x' * 100000)")
+    assert result.outcome in ("crash", "timeout") and len(result.output) < 200_000
+    assert run_real(real_pool, WRITE).outcome == "ok"
+
+
+def test_children_do_not_outlive_their_program(real_pool, tmp_path):
+    token = f"9{os.getpid()}.25"
+    run_real(real_pool, f"import subprocess; subprocess.Popen(['sleep', '{token}'])\n" + WRITE)
+    alive = [p for p in pathlib.Path("/proc").glob("[0-9]*/cmdline")
+             if token.encode() in (p.read_bytes() if p.exists() else b"")]
+    assert not alive
+
+
+def test_forked_programs_draw_different_numbers_and_seeded_ones_the_same(real_pool):
+    code = "import numpy as np; {}print(np.random.rand())\n"
+    free = {run_real(real_pool, code.format("")).output for _ in range(3)}
+    seeded = {run_real(real_pool, code.format("np.random.seed(0); ")).output for _ in range(3)}
+    assert len(free) == 3 and len(seeded) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# The grader and the tasks
+# --------------------------------------------------------------------------------------------------
+import hashlib, io, itertools, json, math, os, pathlib, shutil, subprocess, sys, zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+
+REPO = pathlib.Path(os.environ.get("MLERL_REPO") or pathlib.Path(__file__).resolve().parent)
+sys.path.insert(0, str(REPO))
+
+import grade  # noqa: E402
+
+TASKS = grade.load_tasks()
+WORDS = "insults essay pizza tweet may dec patent plant leaf nomad spooky lmsys"  # one of each name
+SHORT = {word: next(name for name in TASKS if word in name) for word in WORDS.split()}
+REAL = ("pizza", "insults", "tweet", "patent", "leaf", "nomad", "spooky", "plant")
+
+def kaggle_dir():
+    """Folder of real raw Kaggle files, or None."""
+    folder = pathlib.Path(os.environ.get("MLERL_KAGGLE") or REPO.parent / "shared" / "kaggle")
+    return folder if folder.is_dir() else None
+
+@pytest.fixture(autouse=True, scope="session")
+def no_kaggle_token(tmp_path_factory):
+    """A developer's own Kaggle token must not make a test download anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path_factory.mktemp("no-token")))
+        patch.delenv("KAGGLE_USERNAME", raising=False)
+        yield
+
+def task(short):
+    return TASKS[SHORT[short]]
+
+def csv_bytes(table):
+    return table.to_csv(index=False).encode()
+
+def invalid(t, submission, answers, word=""):
+    """The submission is refused, with a one-line reason that holds `word`."""
+    with pytest.raises(grade.InvalidSubmission) as caught:
+        grade.grade(t, submission, answers)
+    assert word in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400
+
+# --------------------------------------------------------------------------------------------------
+# Metrics against oracles written from the definitions
+
+def slow_auc(truth, score):
+    pairs = [(p, n) for (p, y), (n, v) in itertools.product(zip(score, truth), repeat=2) if y > v]
+    return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
+
+def slow_kappa(a, b):
+    rank = {v: k for k, v in enumerate(sorted(set(a) | set(b)))}
+    observed = sum((rank[x] - rank[y]) ** 2 for x, y in zip(a, b))
+    return 1 - observed / (sum((rank[x] - rank[y]) ** 2 for x in a for y in b) / len(a))
+
+def test_metrics_match_slow_oracles():
+    rng = np.random.default_rng(0)
+    for levels in (2, 5, 1000):  # few levels: many ties, which count half
+        truth, score = np.arange(60) % 2, rng.integers(0, levels, 60) / levels
+        assert grade.roc_auc(truth, score) == pytest.approx(slow_auc(truth, score), abs=1e-12)
+        a, b = rng.integers(-2, levels, 50), rng.integers(0, levels, 50) * 3  # ranks, not values
+        wanted = slow_kappa(a.tolist(), b.tolist())
+        assert grade.quadratic_kappa(a, b) == pytest.approx(wanted, abs=1e-12)
+    assert grade.quadratic_kappa(np.array([1, 2, 3, 3, 2]), np.full(5, 3)) == 0.0
+
+def test_metrics_by_hand():
+    p = np.array([[0.5, 0.25, 0.25], [0.2, 0.1, 0.6]])  # the second row sums to 0.9, and stays so
+    loss = grade.log_loss(np.array([[1, 0, 0], [0, 1, 0]]), p)
+    assert loss == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2)
+    clipped = grade.log_loss(np.array([[1, 0]]), np.array([[0, 1]]))
+    assert clipped == pytest.approx(36.0437, abs=1e-4)
+    assert grade.word_jaccard(["a a b", "Sooo SAD"], ["A b", "sooo sad I will"]) == (1 + 0.5) / 2
+    truth, given = np.array([0.0, 1.0, 3.0]), np.array([1.0, 1.0, 1.0])
+    assert grade.rmsle(truth, given) == pytest.approx(math.sqrt(2 * math.log(2) ** 2 / 3))
+    assert grade.accuracy(np.array([1, 2, 3, 4]), np.array([1.0, 2.0, 9.0, 4.0])) == 0.75
+    x, y = np.array([1.0, 2.0, 4.0, 9.0]), np.array([2.0, 1.0, 5.0, 6.0])
+    r = (x - 4) @ (y - 3.5) / math.sqrt(((x - 4) ** 2).sum() * ((y - 3.5) ** 2).sum())
+    for scale in (1, 1e300, 1e-300):  # neither overflows nor underflows
+        assert grade.pearson(x, y * scale) == pytest.approx(r, abs=1e-12)
+    assert math.isnan(grade.pearson(x, np.full(4, 0.1))) and math.isnan(grade.pearson(x, x * 0))
+
+# --------------------------------------------------------------------------------------------------
+# Validity rules
+
+def example(short, n=12):
+    """(task, answers, a good submission), whose rows are shuffled where they are aligned by id."""
+    t, rng = task(short), np.random.default_rng(5)
+    numbered, targets = short in ("may", "dec", "nomad", "leaf", "lmsys"), t["targets"]
+    ids = {t["id"]: list(range(100, 100 + n)) if numbered else [f"key {k}" for k in range(n)]}
+    p = rng.dirichlet(np.ones(len(targets)) * 3, n).round(4)
+    p[:, -1] = np.abs(1 - p[:, :-1].sum(axis=1))
+    make = {"log_loss": lambda k: ((np.arange(n) % len(targets) == k).astype(int), p[:, k]),
+            "roc_auc": lambda k: ((np.arange(n) + k) % 2, rng.random(n)),
+            "quadratic_kappa": lambda k: rng.integers(1, 7, (2, n)),
+            "accuracy": lambda k: rng.integers(1, 7, (2, n)),
+            "word_jaccard": lambda k: ([f"so sad {i % 3}" for i in range(n)],
+                                       [f"very sad {i % 4}" for i in range(n)]),
+            "pearson": lambda k: rng.random((2, n)), "rmsle": lambda k: rng.random((2, n))}
+    pairs = {c: make[t["metric"]](k) for k, c in enumerate(targets)}
+    truth, given = (pd.DataFrame({**ids, **{c: v[k] for c, v in pairs.items()}}) for k in (0, 1))
+    return t, truth, given if short == "nomad" else given.sample(frac=1, random_state=0)
+
+@pytest.mark.parametrize("short", SHORT)
+def test_validity_matrix(short, tmp_path):
+    """MLE-bench's rules, cell by cell, each through a CSV file's bytes."""
+    t, truth, good = example(short)
+    key, target, score = t["id"], t["targets"][0], grade.grade(t, csv_bytes(good), truth)
+    path = tmp_path / "s.CSV"
+    path.write_bytes(b"\xef\xbb\xbf" + csv_bytes(good))
+    assert type(score) is float and score == grade.grade(t["name"], path, truth)
+    assert score == grade.grade(t, io.BytesIO(csv_bytes(good)), truth)
+    turned = good if short == "spooky" else good[good.columns[::-1]]
+    assert grade.grade(t, csv_bytes(turned), truth) == score
+
+    def cell(value):
+        bad = good.astype({target: object})
+        bad.iloc[3, bad.columns.get_loc(target)] = value
+        return csv_bytes(bad)
+
+    if short == "spooky":
+        invalid(t, csv_bytes(good[good.columns[[1, 0, 2, 3]]]), truth, "first column")
+    if short in ("plant", "leaf", "spooky"):
+        invalid(t, csv_bytes(good.assign(note=1)), truth, "extra column")
+    else:
+        assert grade.grade(t, csv_bytes(good.assign(note=1)), truth) == score
+    for rows in (good.iloc[1:], pd.concat([good, good.iloc[:1]]), good.iloc[:0]):
+        invalid(t, csv_bytes(rows), truth)
+    wrong = csv_bytes(good.replace({key: {truth[key][5]: truth[key][6]}}))
+    if short == "nomad":  # aligned by position
+        assert grade.grade(t, wrong, truth) == score
+        assert grade.grade(t, csv_bytes(good.drop(columns=key)), truth) == score
+        assert grade.grade(t, csv_bytes(good[::-1]), truth) != score
+        invalid(t, cell(-0.01), truth, "at least 0")
+    else:
+        invalid(t, wrong, truth, repr(key))
+        invalid(t, csv_bytes(good.drop(columns=key)), truth, repr(key))
+    invalid(t, csv_bytes(good.rename(columns={target: target.upper() + "X"})), truth, repr(target))
+    if short == "may":  # ids as floats and predictions as booleans are numbers
+        assert grade.grade(t, csv_bytes(good.astype({"id": float})), truth) == score
+        invalid(t, csv_bytes(good.assign(id="x")), truth, "'id'")
+        said = good.assign(target=good["target"] > 0.5)
+        as_numbers = grade.grade(t, said.astype({"target": int}), truth)
+        assert grade.grade(t, csv_bytes(said), truth) == as_numbers
+    if short == "tweet":
+        assert grade.grade(t, cell(None), truth) < score + 1e-12
+        return
+    invalid(t, cell(None), truth, "missing")
+    invalid(t, cell("inf"), truth)
+    if short == "dec":
+        assert grade.grade(t, cell("two"), truth) == 0.0
+    else:
+        invalid(t, cell("text"), truth, "numeric")
+    if short in ("insults", "pizza", "may", "leaf", "spooky", "lmsys"):
+        invalid(t, cell(1.5), truth, "at most 1")
+        invalid(t, cell(-0.1), truth, "at least 0")
+    if short in ("plant", "patent"):
+        assert type(grade.grade(t, cell(-7.5), truth)) is float
+    if short in ("essay", "dec"):
+        invalid(t, cell(3.5), truth, "whole numbers")
+        invalid(t, cell(1e300), truth, "whole numbers")
+        assert type(grade.grade(t, cell(3.0), truth)) is float
+        assert type(grade.grade(t, cell(99), truth)) is float
+
+@pytest.mark.parametrize("short, off, fine", [
+    ("lmsys", 4e-7, True), ("lmsys", 6e-7, False), ("spooky", 1.0e-5, True),
+    ("spooky", 1.3e-5, False), ("leaf", 1.0e-5, True), ("leaf", 1.3e-5, False)])
+def test_validity_row_sums(short, off, fine):
+    t, truth, good = example(short)
+    off_by = good.assign(**{t["targets"][0]: good[t["targets"][0]] + off})
+    if fine:
+        assert type(grade.grade(t, csv_bytes(off_by), truth)) is float
+    else:
+        invalid(t, csv_bytes(off_by), truth, "add up")
+
+def test_validity_repeated_keys_and_nan_scores():
+    t = task("insults")
+    truth = pd.DataFrame({"Comment": ["a", "b", "a", "c"], "Insult": [1, 0, 1, 0]})
+    good = pd.DataFrame({"Insult": [0.9, 0.2, 0.1, 0.4], "Comment": ["a", "c", "a", "b"]})
+    # pairs (0.9, 0.1) against (0.4, 0.2): 2 of 4 right, however the two a's are placed
+    assert grade.grade(t, good, truth) == grade.grade(t, good[::-1], truth) == 0.5
+    invalid(t, good.assign(Comment=["a", "c", "b", "b"]), truth, "Comment")
+    t, truth, good = example("patent")
+    invalid(t, good.assign(score=0), truth, "not a number")
+
+def test_validity_unreadable_files(tmp_path, monkeypatch):
+    t, truth, good = example("pizza")
+    n, data = grade.MAX_COLUMNS + 1, csv_bytes(good)
+    for bad, word in ((b"", "empty"), (b" \n\n", "empty"), (b"\xff\xfe\x00bad", "UTF-8"),
+                      (b"\0" * 99, ""), (b"a," * n + b"\n", "columns"), (b'"' * 1001, ""),
+                      (b"a,b\n" + b"1," * n + b"\n", "columns"), (data[:-40], ""),
+                      (b"a" * (grade.HEAD_BYTES + 9), ""), (b"PK\x03\x04" + os.urandom(500), "")):
+        invalid(t, bad, truth, word)
+    (tmp_path / "good.txt").write_bytes(data)
+    for path in (tmp_path / "none.csv", tmp_path, str(tmp_path / "good.txt")):
+        invalid(t, path, truth, "no .csv file")
+    monkeypatch.setattr(grade, "MAX_BYTES", 100)
+    monkeypatch.setattr(grade, "read_csv", None)  # would fail if it were reached
+    invalid(t, data, truth, "over 100 bytes")
+    invalid(t, io.BytesIO(data), truth, "over 100 bytes")
+
+VALUES = (b"|NaN|inf|-inf|1e999|-1|2|0.5|1e-320|True|x|\"|\"\"|\0|\xff|-0.0|0x10|1+2j|\r|1_000| 1 |"
+          b"a,b|18446744073709551615|-9223372036854775808|None|\xc3\xa9|1e308|-1e308|id|[1]|"
+          + b"9" * 30 + b"|" + b"9" * 400).split(b"|")
+
+def fuzz(data, rng):
+    """One random mutation of CSV bytes: of a cell, a column, the lines or of raw bytes."""
+    lines, kind, value = data.split(b"\n"), rng.integers(6), VALUES[rng.integers(len(VALUES))]
+    r, at = int(rng.integers(len(lines))), int(rng.integers(len(data) + 1))
+    if kind < 2:
+        lines[r] = b",".join([*lines[r].split(b",")[kind:], value][:len(lines[r].split(b","))])
+    elif kind == 2:
+        lines[1:] = [b",".join(line.split(b",")[:-1] + [value]) for line in lines[1:]]
+    elif kind == 3:
+        lines[r:r + 1] = [lines[int(rng.integers(len(lines)))]] * int(rng.integers(3))
+    elif kind == 4:
+        return data[:at] + rng.bytes(int(rng.integers(9))) + data[at + int(rng.integers(9)):]
+    else:
+        return data[:at]
+    return b"\n".join(lines)
+
+@pytest.mark.parametrize("short", SHORT)
+def test_fuzzed_submissions_score_or_are_invalid(short):
+    """A float or InvalidSubmission, never anything else. MLERL_FUZZ sets the number (per task)."""
+    t, truth, good = example(short)
+    rng = np.random.default_rng(len(short) * 7)
+    for _ in range(int(os.environ.get("MLERL_FUZZ", 60))):
+        data = csv_bytes(good)
+        for _ in range(int(rng.integers(1, 4))):
+            data = fuzz(data, rng)
+        try:
+            score = grade.grade(t, data, truth)
+            assert type(score) is float and math.isfinite(score)
+        except grade.InvalidSubmission as error:
+            assert str(error)
+
+def test_grade_on_some_rows_checks_all():
+    t, truth, good = example("pizza", 40)
+    target, rows = t["targets"][0], np.arange(40) % 3 != 0
+    given = good.set_index("request_id").loc[truth["request_id"], target].to_numpy()
+    wanted = slow_auc(truth[target][rows].tolist(), given[rows].tolist())
+    assert grade.grade(t, good, truth, rows) == pytest.approx(wanted, abs=1e-12)
+    with pytest.raises(grade.InvalidSubmission):  # the fault is in another row
+        grade.grade(t, truth.assign(**{target: np.where(rows, given, 5.0)}), truth, rows)
+    for mask in (np.zeros(40, bool), np.ones(3, bool), np.arange(40) % 2 == 0):
+        with pytest.raises(grade.DataError):
+            grade.grade(t, good, truth, mask)
+
+def test_grade_faults_of_the_answers_are_ours(tmp_path):
+    t, truth, good = example("pizza")
+    (tmp_path / "empty.csv").write_bytes(b"")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x00")
+    for answers in (tmp_path / "none.csv", tmp_path / "empty.csv", tmp_path / "binary.csv",
+                    truth.drop(columns="request_id"), truth[:0], tmp_path,
+                    truth.assign(requester_received_pizza=1)):
+        with pytest.raises(grade.DataError) as caught:
+            grade.grade(t, good, answers)
+        assert "\n" not in str(caught.value)
+
+def test_medals_are_decided_on_rounded_scores():
+    t, leaf = task("pizza"), task("leaf")
+    for score, wanted in ((0.97908, "gold"), (0.9790749, "silver"), (0.69209, None),
+                          (0.6921, "bronze"), (0.69209500001, "bronze")):
+        assert grade.medal(t, score) == wanted, score
+    assert [grade.medal(leaf, s) for s in (2e-16, 0.01526, 0.01527)] == ["gold", "bronze", None]
+    assert grade.above_median(t["name"], 0.6) and not grade.above_median(t, 0.599591)
+    assert grade.above_median(leaf, 0.1) and not grade.above_median(leaf, 0.11)
+
+def test_tasks_are_complete():
+    for t in TASKS.values():
+        steps = [t[k] for k in ("median", "bronze", "silver", "gold")]
+        assert steps == sorted(steps, reverse=not t["higher_is_better"])
+        assert t["higher_is_better"] is grade.METRICS[t["metric"]][1]
+        assert [len(t["paper"][k]) for k in ("Table 1", "Table 2", "Table 4")] == [5, 3, 2]
+        assert {f"public/{t['train']}", f"private/{t['answers']}"} < set(t["md5"])
+    assert len(TASKS) == len(SHORT) == 12 and len(task("leaf")["numeric"]) == 192
+
+# --------------------------------------------------------------------------------------------------
+# Preparation
+
+@pytest.fixture(scope="session")
+def standins(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("standins")
+    for t in TASKS.values():
+        assert grade.ensure_data(t, folder) is True
+    return folder
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """Data folder with the eight real tasks that are at hand, prepared once."""
+    raw = kaggle_dir()
+    if raw is None:
+        pytest.skip("no real Kaggle files: set MLERL_KAGGLE")
+    folder = tmp_path_factory.mktemp("real")
+    plants = folder / "raw-plants"
+    (plants / "images").mkdir(parents=True)
+    shutil.copy(raw / SHORT["plant"] / "train.csv", plants)
+    for k in range(1821):  # the photos are not at hand and not checksummed
+        (plants / "images" / f"Train_{k}.jpg").write_bytes(b"%d" % k)
+    for short in REAL:
+        source = plants if short == "plant" else raw
+        assert grade.ensure_data(SHORT[short], folder, source) is False
+    return folder
+
+def test_real_preparation_has_mle_benchs_md5s_and_sample_scores(real, capsys):
+    assert grade.main(["verify", *(SHORT[s] for s in REAL), "--data-dir", str(real)]) == 0
+    assert capsys.readouterr().out.count(": ok\n") == sum(len(task(s)["md5"]) for s in REAL)
+    for t in map(task, REAL):
+        public, private = grade.paths(t, real)
+        if t["sample_score"] is None:
+            invalid(t, public / t["sample"], private / t["answers"], "not a number")
+        else:
+            score = grade.grade(t, public / t["sample"], private / t["answers"])
+            assert round(score, 5) == t["sample_score"]
+
+def test_real_files_beside_the_tables(real):
+    leaf, nomad, plants = (grade.paths(SHORT[s], real)[0] for s in ("leaf", "nomad", "plant"))
+    assert len(list((leaf / "images").iterdir())) == 990
+    assert [len(list((nomad / p).glob("*/geometry.xyz"))) for p in ("train", "test")] == [2160, 240]
+    with zipfile.ZipFile(kaggle_dir() / SHORT["nomad"] / "train.zip") as packed:
+        second = packed.read("train/757/tmp_geometry.xyz")  # of two files in one folder, the last
+    assert (nomad / "train/2121/geometry.xyz").read_bytes() == second
+    order = np.random.RandomState(0).permutation(1821)
+    assert (plants / "images/Test_0.jpg").read_bytes() == b"%d" % order[0]
+    assert (plants / "images/Train_1637.jpg").read_bytes() == b"%d" % order[-1]
+
+def kinds(path):
+    """{column: kind of value} of a table: number, text, or the types of the JSON values."""
+    if path.suffix == ".json":
+        records = json.loads(path.read_text())
+        return {c: {type(r[c]).__name__ for r in records} for c in records[0]}
+    table = pd.read_csv(path)
+    return {c: {str(table[c].dtype) if table[c].dtype.kind in "if" else "text"} for c in table}
+
+@pytest.mark.parametrize("short", REAL)
+def test_standin_has_the_real_schema(short, real, standins):
+    t = task(short)
+    for file in t["md5"]:
+        truth = kinds(real / t["name"] / "prepared" / file)
+        made = kinds(standins / t["name"] / "prepared" / file)
+        assert list(made) == list(truth), file
+        assert all(made[c] <= truth[c] for c in truth), file  # rare types need not occur
+
+def raw_of(short, folder, rows=50, seed=0):
+    """A small raw folder of the task, imitated."""
+    t = dict(task(short))
+    t["standin"] = dict(t["standin"], rows=rows)
+    grade.make_raw(t, folder, seed)
+    return t
+
+def tree(folder):
+    """{relative path: content} of every file."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+def test_prepare_accepts_every_layout_of_the_raw_files(tmp_path):
+    plain, zips, extracted = (tmp_path / kind for kind in ("plain", "zips", "extracted"))
+    t = raw_of("nomad", plain)
+    zips.mkdir()
+    shutil.make_archive(str(zips / "train.csv"), "zip", plain, "train.csv")
+    shutil.make_archive(str(zips / "train"), "zip", plain, "train")
+    (extracted / "train.csv").mkdir(parents=True)
+    shutil.copy(plain / "train.csv", extracted / "train.csv" / "train.csv")
+    shutil.copytree(plain / "train", extracted / "train" / "train")
+    made = []
+    for raw in (plain, zips, extracted):
+        assert grade.ensure_data(t, tmp_path / "out" / raw.name, raw) is False
+        made.append(tree(grade.paths(t, tmp_path / "out" / raw.name)[0].parent))
+    assert made[0] == made[1] == made[2] and len(made[0]) == 4 + 50
+
+def test_prepare_second_run_does_nothing_and_a_users_cache_is_not_touched(standins, tmp_path):
+    t = task("spooky")
+    shutil.copytree(standins / t["name"] / "prepared", tmp_path / t["name"] / "prepared")
+    (tmp_path / t["name"] / "prepared" / "STANDIN").unlink()  # now it looks like a user's own data
+    before = tree(tmp_path)
+    assert grade.ensure_data(t, tmp_path) is False
+    assert grade.ensure_data(t, tmp_path, raw=tmp_path / "nowhere") is False
+    assert grade.main(["standin", t["name"], "--data-dir", str(tmp_path)]) == 0
+    assert tree(tmp_path) == before
+    (tmp_path / t["name"] / "prepared/public" / t["test"]).unlink()
+    with pytest.raises(grade.DataError, match="test.csv"):  # incomplete: said, not repaired
+        grade.ensure_data(t, tmp_path)
+
+def test_prepare_interrupted_leaves_nothing_half_written(tmp_path, monkeypatch):
+    t, home = raw_of("nomad", tmp_path / "raw"), tmp_path / SHORT["nomad"]
+    for problem, seen in ((OSError(28, "No space left"), grade.DataError),
+                          (KeyboardInterrupt(), KeyboardInterrupt)):
+        def stop(*_, problem=problem):
+            assert len(list(home.glob("*/new/public/train/*"))) == 45  # half of the work is done
+            raise problem
+        with monkeypatch.context() as patch, pytest.raises(seen):
+            patch.setattr(grade, "write_table", stop)
+            grade.ensure_data(t, tmp_path, tmp_path / "raw")
+        assert not list(home.iterdir())
+    grade.ensure_data(t, tmp_path, tmp_path / "raw")
+    assert [p.name for p in home.iterdir()] == ["prepared"]
+
+def test_prepare_by_two_processes_at_once(tmp_path):
+    command = [sys.executable, str(REPO / "grade.py"), "standin", SHORT["pizza"],
+               "--data-dir", str(tmp_path)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[1] for process in running]
+    assert [p.returncode for p in running] == [0, 0] and b"Traceback" not in b"".join(said)
+    assert not grade.missing_files(task("pizza"), tmp_path)
+    assert [p.name for p in (tmp_path / SHORT["pizza"]).iterdir()] == ["prepared"]
+
+def test_prepare_errors_name_the_file(tmp_path):
+    raw, t = tmp_path / "raw", raw_of("plant", tmp_path / "raw")
+    next((raw / "images").iterdir()).unlink()
+    for word, change in (("no Train_", None), ("train.csv", b"\xff\xfe\0bad"),
+                         ("image_id", b"a,b\n1,2\n3,4\n5,6\n")):
+        if change:
+            (raw / "train.csv").write_bytes(change)
+        with pytest.raises(grade.DataError, match=word):
+            grade.ensure_data(t, tmp_path, raw)
+    (raw / "train.csv").rename(raw / "train.csv.zip")
+    with pytest.raises(grade.DataError, match="train.csv.zip is a damaged zip"):
+        grade.ensure_data(t, tmp_path, raw)
+
+def test_drop_columns_takes_them_from_tables_and_deletes_zips(standins, tmp_path):
+    t = task("pizza")
+    public = shutil.copytree(grade.paths(t, standins)[0], tmp_path / "public")
+    grade.drop_columns(public, [])
+    assert tree(public) == tree(grade.paths(t, standins)[0])
+    grade.drop_columns(public, t["leaks"])
+    assert {p.name for p in public.iterdir()} == {t["train"], t["test"], t["sample"]}
+    for name in (t["train"], t["test"]):
+        old = json.loads((grade.paths(t, standins)[0] / name).read_text())
+        for record in old:
+            del record[t["leaks"][0]]
+        assert json.loads((public / name).read_text()) == old
+
+# --------------------------------------------------------------------------------------------------
+# Stand-ins
+
+@pytest.mark.parametrize("short", SHORT)
+def test_standin_is_complete_and_marked(short, standins):
+    t = task(short)
+    public, private = grade.paths(t, standins)
+    if short == "patent":
+        invalid(t, public / t["sample"], private / t["answers"], "not a number")
+    else:
+        assert type(grade.grade(t, public / t["sample"], private / t["answers"])) is float
+    assert {p.name for p in public.parent.iterdir()} == {"public", "private", "STANDIN"}
+    made = {str(p.relative_to(public.parent)) for p in public.parent.glob("p*/*") if p.is_file()}
+    assert {m for m in made if not m.endswith(".zip")} == set(t["md5"])
+    test = pd.read_json(public / t["test"]) if t["test"].endswith("json") else pd.read_csv(
+        public / t["test"])
+    assert set(t["text"] + t["numeric"] + t["leaks"]) <= set(test.columns)  # what prompts name
+
+def test_standin_is_deterministic_for_a_seed_and_gives_way_to_real_data(standins, tmp_path):
+    for short in ("pizza", "nomad", "plant"):
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            raw_of(short, tmp_path / short / name, seed=seed)
+        first, again, other = (tree(tmp_path / short / name) for name in "abc")
+        assert first == again != other
+    t = task("spooky")
+    assert grade.ensure_data(t, tmp_path) is True
+    raw_of("spooky", tmp_path / "raw")
+    assert grade.ensure_data(t, tmp_path, tmp_path / "raw") is False
+    assert not grade.is_standin(t, tmp_path)
+
+def test_standin_of_pizza_has_a_signal_in_words_and_numbers(standins):
+    """Logistic regression on words, a forest on the numbers, and the better of both together."""
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    t, (public, private) = task("pizza"), grade.paths(task("pizza"), standins)
+    train, test = pd.read_json(public / t["train"]), pd.read_json(public / t["test"])
+    words = TfidfVectorizer(max_features=300).fit(train["request_text_edit_aware"])
+    a, b = (words.transform(x["request_text_edit_aware"]).toarray() for x in (train, test))
+    n, m = train[t["numeric"]].to_numpy(float), test[t["numeric"]].to_numpy(float)
+    forest = RandomForestClassifier(60, min_samples_leaf=5, max_features=0.2, random_state=0)
+    guesses = [test[t["leaks"][0]].ne("N/A").astype(int)]
+    for model, x, z in ((LogisticRegression(), a, b), (forest, n, m),
+                        (forest, np.hstack([a, n]), np.hstack([b, m]))):
+        fitted = model.fit(x, train[t["targets"][0]].astype(int))
+        guesses.append(fitted.predict_proba(z)[:, 1])
+    leak, text, numbers, both = (grade.grade(t, pd.DataFrame(
+        {t["id"]: test[t["id"]], t["targets"][0]: p}), private / t["answers"]) for p in guesses)
+    assert 0.55 < text < 0.68 and 0.58 < numbers < 0.72 and 0.6 < leak < 0.7, (text, numbers, leak)
+    assert both > max(text, 0.62), (both, text)
+
+# --------------------------------------------------------------------------------------------------
+# Command line, Kaggle's client, a user's own task
+
+def fails(capsys, arguments, word, code=2):
+    """The command exits with the code and says one line that holds `word`."""
+    assert grade.main([str(a) for a in arguments]) == code
+    said = capsys.readouterr().err
+    assert word in said and "Traceback" not in said and said.count("\n") == 1, said
+
+def test_command_line_errors_are_one_line(capsys, tmp_path, standins):
+    data, table, own = ["--data-dir", tmp_path / "data"], tmp_path / "x.csv", tmp_path / "own.json"
+    fails(capsys, ["verify", "pizza", *data], "give random-acts-of-pizza,")
+    fails(capsys, ["verify", "leaf-clasification", *data], "give leaf-classification")
+    fails(capsys, ["verify", own, *data], "own.json")
+    fails(capsys, ["prepare", SHORT["leaf"], *data], "--raw")
+    fails(capsys, ["prepare", SHORT["leaf"], "--raw", tmp_path / "nowhere", *data], "nowhere")
+    fails(capsys, ["prepare", SHORT["spooky"], "--data-dir", standins], "--raw")
+    fails(capsys, ["score", SHORT["leaf"], table, *data], "x.csv")
+    table.write_text("id\n1\n")
+    fails(capsys, ["score", SHORT["leaf"], table, *data], "prepared")
+    fails(capsys, ["standin", SHORT["leaf"], "--data-dir", table], "x.csv")
+    fails(capsys, ["verify", SHORT["spooky"], "--data-dir", standins], "STAND-IN", code=1)
+
+def test_command_line_scores_as_json(capsys, standins, tmp_path):
+    t, bad = task("spooky"), tmp_path / "bad.csv"
+    bad.write_text("id,EAP\nx,1\n")
+    said = []
+    for file in (grade.paths(t, standins)[0] / t["sample"], bad):
+        assert grade.main(["score", t["name"], str(file), "--data-dir", str(standins)]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0]["valid"] and said[0]["standin"] and said[0]["medal"] is None
+    assert said[0]["paper"] == t["paper"] and said[0]["gold"] == t["gold"]
+    assert not said[1]["valid"] and said[1]["score"] is None and "'HPL'" in said[1]["reason"]
+
+CLIENT = """import os, shutil, sys
+if os.environ["FAKE"] == "403":
+    sys.exit("403 Client Error: Forbidden for url")
+shutil.copy(os.environ["FAKE"], sys.argv[sys.argv.index("-p") + 1])
+"""
+
+def test_kaggle_download_through_its_client(tmp_path, monkeypatch):
+    t, data, site = task("spooky"), tmp_path / "data", tmp_path / "site/kaggle"
+    (tmp_path / "kaggle.json").write_text("{}")
+    site.mkdir(parents=True)
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(site.parent))
+    with pytest.raises(grade.DataError, match="pip install kaggle"):
+        grade.ensure_data(t, data)
+    (site / "cli.py").write_text(CLIENT)
+    monkeypatch.setenv("FAKE", "403")
+    with pytest.raises(grade.DataError, match=f"403.*kaggle.com/c/{t['name']}/rules"):
+        grade.ensure_data(t, data)
+    assert not list((data / t["name"]).iterdir())
+    raw_of("spooky", tmp_path / "raw")
+    archive = shutil.make_archive(str(tmp_path / t["name"]), "zip", tmp_path / "raw")
+    monkeypatch.setenv("FAKE", archive)
+    assert grade.ensure_data(t, data) is False and not grade.is_standin(t, data)
+
+def test_own_task_made_from_a_csv(tmp_path):
+    raw, own = tmp_path / "raw", tmp_path / "pets.json"
+    x = np.random.default_rng(0).normal(size=300)
+    raw.mkdir()
+    table = pd.DataFrame({"id": range(300), "x": x, "animal": np.where(x > 0.1, "dog", "cat")})
+    table.to_csv(raw / "train.csv", index=False)
+    record = {"goal": "Tell cats from dogs.", "metric": "accuracy", "id": "id",
+              "targets": ["animal"], "prepare": {"sample": "cat"}}
+    for change in ({"metric": "nonsense"}, {"goal": ""}, {"targets": "y"}):
+        own.write_text(json.dumps({**record, **change}))
+        with pytest.raises(grade.DataError, match="pets.json.*goal.*roc_auc"):
+            grade.load_task(own)
+    own.write_text(json.dumps(record))
+    t = grade.load_task(own)
+    with pytest.raises(grade.DataError, match="--raw"):
+        grade.ensure_data(t, tmp_path)
+    assert grade.ensure_data(t, tmp_path, raw) is False
+    public, private = grade.paths(t, tmp_path)
+    test = pd.read_csv(public / "test.csv")
+    assert list(test.columns) == ["id", "x"] and len(test) == 60
+    good = test[["id"]].assign(animal=np.where(test["x"] > 0.1, "dog", "cat"))
+    assert grade.grade(t, good, private / t["answers"]) == 1.0
+    assert grade.grade(t, public / t["sample"], private / t["answers"]) < 0.8
+    assert grade.medal(t, 1.0) is None and not grade.above_median(t, 1.0)
