@@ -1008,7 +1008,8 @@ def reward(task, a, cfg):
         return (-1.0 + MARK * marks) / 4 if bounded else FAIL + MARK * marks
     if not bounded:
         return sign(task) * a.score
-    sample = task["sample_score"] or 0.0  # none where the sample submission itself is refused
+    sample = task["sample_score"]
+    sample = task["median"] if sample is None else sample  # none: the sample submission is refused
     return 0.5 + 0.5 * math.tanh(sign(task) * (a.score - sample) / (abs(task["bronze"] - sample) or 1.0))
 
 class Environment:
@@ -1086,7 +1087,7 @@ class Environment:
             lost["killed"] = self.cancel()
         if lost["infra"] > 0.2 * (len(batch) + lost["infra"]):
             raise UserError(f"{lost['infra']} programs of an iteration failed by no fault of their "
-                            f"own ({a.output[-200:]}): mend that and run again to go on")
+                            f"own ({' '.join(a.output[-200:].split())}): mend that and run again to go on")
         return batch, lost
 
     def cancel(self):
@@ -1287,7 +1288,7 @@ def token_weights(mask, loss_agg):
     return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
 
 def policy_loss(logp, logp_prox, logp_old, A, w, cfg):
-    """Clipped surrogate (Schulman et al. 2017, Eq. 7) per token, weighted by duration (Eq. 3).
+    """Clipped surrogate (Schulman et al. 2017, Eq. 7) of Eq. 2, weighted by duration (Eq. 3).
 
     rho = pi / pi_prox, L = w min(C, pi_prox / pi_old) max(-A rho, -A clip(rho, 1-eps, 1+eps)).
     For fresh samples pi_prox = pi_old and this is plain PPO; stale ones are corrected by the
@@ -1771,11 +1772,11 @@ def parse(argv):
     for wrong, what in (
             ((cfg.mode == "run") != bool(cfg.program), "--mode run and --program FILE go together"),
             (cfg.mode == "run" and "," in cfg.task, "--mode run takes one task"),
-            (cfg.sft and not os.path.isfile(cfg.sft), f"--sft {cfg.sft} is not a file"),
-            (cfg.sft and not os.path.getsize(cfg.sft), f"--sft {cfg.sft} is empty"),
+            (cfg.sft and not (os.path.isfile(cfg.sft) and os.path.getsize(cfg.sft)),
+             f"--sft {cfg.sft} is not a file, or is empty"),
             (os.path.isfile(cfg.run), f"--run {cfg.run} is a file, not a folder"),
             (cfg.mode in ("plot", "evaluate") and not os.path.exists(f"{cfg.run}/metrics.jsonl"),
-             f"--mode {cfg.mode} needs --run with the folder of a run")):
+             f"--mode {cfg.mode} needs --run with the folder of a run, not {cfg.run!r}")):
         if wrong:
             raise UserError(f"{what}: see --help")
     name = f"{cfg.task.replace(',', '+')}-{preset}-s{cfg.seed}"

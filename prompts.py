@@ -202,7 +202,7 @@ TEXT = (  # features of a text column: words of the plan, expression, what must 
     ("punctuation", 'df[{T}].str.count("{! | [?] | , | [.]}")', ""),
     ("capitals", 'df[{T}].str.count("[A-Z]")', ""),
     ("TF-IDF", "words.transform(df[{T}]).toarray()",
-     'words = TfidfVectorizer({max_features=100 | max_features=300 | max_features=100, '
+     'words = TfidfVectorizer({max_features=100 | max_features=200 | max_features=100, '
      'stop_words="english" | ngram_range=(1, 2), min_df=50}).fit(train[{T}])\n'),
     ("topics", "words.transform(df[{T}])", "words = make_pipeline(TfidfVectorizer(min_df=3), "
      "TruncatedSVD({3 | 10 | 30}, random_state=0)).fit(train[{T}])\n"),
