@@ -36,10 +36,12 @@ Contents
 from __future__ import annotations
 
 import ast, atexit, base64, collections, contextlib, copy, ctypes, dataclasses, errno, fcntl
-import gc, glob, hashlib, importlib, inspect, io, itertools, json, math, os, pathlib, queue
-import random, re, resource, secrets, select, shutil, signal, socket, stat, struct, subprocess
-import sys, tempfile, threading, time, types
-from typing import Literal
+import gc, glob, hashlib, importlib, inspect, io, itertools, json, math, mmap, os, pathlib, queue
+import random, re, resource, runpy, secrets, select, shutil, signal, socket, stat, struct
+import subprocess, sys, tempfile, threading, time, types, weakref
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 import prompts
 
@@ -63,86 +65,92 @@ class UserError(ValueError):
 
 # --------------------------------------------------------------------------------------------------
 # §1 Config and Attempt (Table 3)
+Count, Index = Annotated[int, Interval(ge=1, le=1e9)], Annotated[int, Interval(ge=0, le=1e9)]
+Positive, Size = Annotated[float, Interval(gt=0, le=1e9)], Annotated[float, Interval(ge=0, le=1e9)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every hyperparameter and option. Defaults are the paper's (Table 3); `--preset tiny` changes
     those listed in PRESETS. A flag given on the command line overrides both."""
 
     # What to do
-    task: str = "random-acts-of-pizza"  # task in tasks.json; several with commas
+    task: str = "random-acts-of-pizza"  # name in tasks.json or a JSON file; several with commas; all
     mode: Literal["train", "evaluate", "run", "plot"] = "train"  # what to do
     preset: Literal["auto", "tiny", "paper"] = "auto"  # auto: paper with a GPU, tiny without
     run: str = ""  # run folder; the same command again resumes it (default: runs/TASK-PRESET-sSEED)
     data_dir: str = "data"  # MLE-bench layout: DIR/TASK/prepared/{public,private}
     raw: str = ""  # folder with Kaggle's raw files, to prepare missing data from
     program: str = ""  # --mode run: the Python file to execute
-    seed: int = 0  # seed of everything random
+    seed: Index = 0  # seed of everything random
     # Model
     model: str = "Qwen/Qwen2.5-3B-Instruct"  # name or folder, or "tiny" (Table 3)
+    policy: str = ""  # --mode evaluate: folder of a trained policy, also for tasks it has not seen
     sft: str = ""  # supervised fine-tuning first: JSON lines with "prompt" and "response"
-    sft_steps: int = 300  # steps of supervised fine-tuning (CHOICE: the paper has none)
-    sft_lr: float = 1e-5  # learning rate of supervised fine-tuning, cosine to 0 (CHOICE)
-    sft_batch: int = 32  # sequences a step of supervised fine-tuning (CHOICE)
+    sft_steps: Count = 300  # steps of supervised fine-tuning (CHOICE: the paper has none)
+    sft_lr: Size = 1e-5  # learning rate of supervised fine-tuning, cosine to 0 (CHOICE)
+    sft_batch: Count = 32  # sequences a step of supervised fine-tuning (CHOICE)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass (Table 3)
     gradient_checkpointing: bool = True  # trade time for memory (Table 3)
     # Algorithm 1
-    iterations: int = 100  # N; "total_epochs" (Table 3)
-    batch_size: int = 128  # B, executions an update (Table 3)
-    oversample: float = 2.0  # m; m * B actions in flight (CHOICE: the paper gives no value)
+    iterations: Index = 100  # N; "total_epochs" (Table 3)
+    batch_size: Count = 128  # B, executions an update (Table 3)
+    oversample: Annotated[float, Interval(ge=1, le=1000)] = 2.0  # m: m * B in flight (CHOICE: no value)
     collect: Literal["carry", "first", "wait"] = "carry"  # the unfinished (m-1)B (CHOICE, see train)
-    max_staleness: int = 8  # updates; older samples are dropped (CHOICE)
-    p_improve: float = 0.5  # probability of an improvement prompt (Sec. 3.3)
+    max_staleness: Index = 8  # updates; older samples are dropped (CHOICE)
+    p_improve: Share = 0.5  # probability of an improvement prompt (Sec. 3.3)
     # Sampling
-    max_prompt_tokens: int = 1024  # tokens (Table 3)
-    max_response_tokens: int = 1024  # tokens (Table 3)
-    temperature: float = 0.7  # log-probs everywhere are of logits / temperature (Table 3)
-    top_k: int = -1  # -1: no truncation (Table 3)
-    top_p: float = 1.0  # 1: no truncation (Table 3)
+    max_prompt_tokens: Count = 1024  # tokens (Table 3)
+    max_response_tokens: Count = 1024  # tokens (Table 3)
+    temperature: Positive = 0.7  # log-probs everywhere are of logits / temperature (Table 3)
+    top_k: Annotated[int, Interval(ge=-1)] = -1  # -1: no truncation (Table 3)
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0  # 1: no truncation (Table 3)
     ignore_eos: bool = False  # go on after the end token (Table 3)
-    sample_batch: int = 128  # prompts a call of generate (CHOICE)
+    sample_batch: Count = 128  # prompts a call of generate (CHOICE)
     # Environment and reward
-    instrument: Literal["ast", "none"] = "ast"  # who inserts the milestone prints (Sec. 3.2)
+    instrument: Literal["lm", "ast", "none"] = "lm"  # who places the milestone prints (Sec. 3.2)
     reward: Literal["paper", "bounded"] = "paper"  # paper: -10 + 0.1 a milestone, else the score
     duration: Literal["paper", "none"] = "paper"  # paper: dt / mean dt on the policy loss (Eq. 3)
     drop_leaks: bool = False  # hide columns known to give the label away (tasks.json)
-    report_fold: float = 0.0  # share of private test rows kept for reporting (0: the paper's)
+    report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
     # Learner
-    lr: float = 1e-5  # actor (Table 3)
-    critic_lr: float = 1e-5  # critic (Table 3)
-    critic_init_std: float = 0.02  # of the critic's new head
-    critic_warmup: int = 0  # first iterations that update the critic only (CHOICE)
-    weight_decay: float = 0.01  # AdamW
-    actor_grad_clip: float = 1.0  # norm (Table 3)
-    critic_grad_clip: float = 1.0  # norm (Table 3)
-    mini_batch: int = 128  # sequences an optimizer step (Table 3)
-    micro_batch: int = 8  # sequences a forward pass (Table 3)
-    ppo_epochs: int = 1  # Table 3 says 100, but its base library then ignored it (DEVIATION)
-    clip: float = 0.2  # PPO ratio (Table 3)
-    value_clip: float = 0.5  # critic (Table 3)
-    max_is_weight: float = 2.0  # C, cap of the weight of stale samples (CHOICE)
-    entropy_coef: float = 0.001  # Table 3
-    kl_coef: float = 0.001  # against the initial policy, in the reward (Table 3)
-    gamma: float = 1.0  # discount (Table 3)
-    lam: float = 1.0  # GAE's lambda (Table 3)
+    lr: Size = 1e-5  # actor (Table 3)
+    lr_end: Share = 1.0  # share of both learning rates left at iteration N, linear (1: Table 3)
+    critic_lr: Size = 1e-5  # critic (Table 3)
+    critic_init_std: Size = 0.02  # of the critic's new head
+    critic_warmup: Index = 0  # first iterations that update the critic only (CHOICE)
+    weight_decay: Size = 0.01  # AdamW
+    actor_grad_clip: Positive = 1.0  # norm (Table 3)
+    critic_grad_clip: Positive = 1.0  # norm (Table 3)
+    mini_batch: Count = 128  # sequences an optimizer step (Table 3)
+    micro_batch: Count = 8  # sequences a forward pass (Table 3)
+    ppo_epochs: Count = 1  # Table 3 says 100, but its base library then ignored it (DEVIATION)
+    clip: Size = 0.2  # PPO ratio (Table 3)
+    value_clip: Size = 0.5  # critic (Table 3)
+    max_is_weight: Positive = 2.0  # C, cap of the weight of stale samples (CHOICE)
+    entropy_coef: Size = 0.001  # Table 3
+    kl_coef: Size = 0.001  # against the initial policy, in the reward (Table 3)
+    gamma: Share = 1.0  # discount (Table 3)
+    lam: Share = 1.0  # GAE's lambda (Table 3)
     loss_agg: Literal["seq", "token"] = "seq"  # mean over sequences of token means, or over tokens
-    target_kl: float = 0.0  # stop an update's epochs past this KL from its start; 0: never
+    target_kl: Size = 0.0  # stop an update's epochs past this KL from its start; 0: never
     # Execution
-    workers: int = 0  # programs at once; 0: one a core
-    timeout: float = 600.0  # wall seconds a program (CHOICE)
-    cpu_limit: float = 1200.0  # CPU seconds a program (CHOICE)
-    memory_gb: float = 8.0  # GiB a program (CHOICE)
-    disk_mb: int = 1024  # MiB that a program may write (CHOICE)
-    output_kb: int = 64  # KiB of terminal output kept, head and tail (CHOICE)
-    max_procs: int = 256  # processes and threads of a program (CHOICE)
-    threads: int = 0  # BLAS threads a program; 0: cores / workers
+    workers: Index = 0  # programs at once; 0: one a core
+    timeout: Positive = 600.0  # wall seconds a program (CHOICE)
+    cpu_limit: Positive = 1200.0  # CPU seconds a program (CHOICE)
+    memory_gb: Positive = 8.0  # GiB a program (CHOICE)
+    disk_mb: Count = 1024  # MiB that a program may write (CHOICE)
+    output_kb: Count = 64  # KiB of terminal output kept, head and tail (CHOICE)
+    max_procs: Count = 256  # processes and threads of a program (CHOICE)
+    threads: Index = 0  # BLAS threads a program; 0: cores / workers
     reuse: bool = False  # a program that stands twice in a batch runs once (CHOICE)
     fresh_interpreters: bool = False  # a new interpreter a program instead of a fork server
     unsafe_exec: bool = False  # run although answers or trainer cannot be protected here
     program_gpu: bool = False  # let programs see the GPU
     python: str = ""  # interpreter for the programs (default: this one)
     # Evaluation, saving
-    eval_samples: int = 128  # samples of an evaluation (Sec. 4.1)
-    save_every: int = 10  # iterations between checkpoints (CHOICE)
+    eval_samples: Count = 128  # samples of an evaluation (Sec. 4.1)
+    save_every: Count = 10  # iterations between checkpoints (CHOICE)
 
 # CHOICE: the tiny policy's settings. Only the first line is about scale; README gives the reasons
 # for the rest and shows the paper's own settings beside them.
@@ -150,7 +158,7 @@ PRESETS = {
     "paper": {},
     "tiny": dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
                  sft_steps=400, sft_lr=2e-3, iterations=50, batch_size=64, mini_batch=32,
-                 micro_batch=8, max_prompt_tokens=384, max_response_tokens=256,
+                 micro_batch=8, max_prompt_tokens=384, max_response_tokens=256, instrument="ast",
                  lr=2e-4, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
                  reward="bounded", duration="none", timeout=20.0, cpu_limit=15.0, memory_gb=2.0,
                  disk_mb=64, reuse=True),
@@ -173,11 +181,12 @@ class Attempt:
     plan: str = ""
     code: str = ""  # as the policy wrote it, without instrumentation
     # Execution
-    outcome: str = ""
+    outcome: str = ""  # no_code syntax import crash timeout memory no_submission invalid_submission ok
     dt: float | None = None  # wall seconds of the program alone; None: nothing was run
-    exit: int | None = None
-    output: str = ""
-    marks: list[str] = dataclasses.field(default_factory=list)
+    exit: int | None = None  # exit status, or minus the signal
+    output: str = ""  # stdout and stderr, head and tail, without the secret
+    placed: str = ""  # who placed the milestone prints: lm, ast
+    marks: list[str] = dataclasses.field(default_factory=list)  # what those prints said
     reused: bool = False  # result of an identical program of the same batch
     submission: bytes | None = None  # dropped once graded and logged
     # Reward
@@ -193,7 +202,7 @@ class Attempt:
 # --------------------------------------------------------------------------------------------------
 # §2 Algorithm 1
 def train(cfg, D, learner, sampler, env, maker, run, state):
-    """Algorithm 1 with a PPO update. `state` is a checkpoint's (§13) or a new one.
+    """Algorithm 1 with a PPO update. `state` is a checkpoint's (§12) or a new one.
 
     What becomes of the (m-1)B unfinished executions decides how duration biases the gradient.
     CHOICE: "carry" lets them run on into later batches (nothing is lost, samples are a few updates
@@ -202,16 +211,16 @@ def train(cfg, D, learner, sampler, env, maker, run, state):
     N, B, m = cfg.iterations, cfg.batch_size, cfg.oversample
     wanted, keep = dict(carry=(m * B, True), first=(m * B, False), wait=(B, True))[cfg.collect]
     D_prev = state.D_prev
-    for a in state.in_flight:  # a checkpoint holds actions, not their processes: run them again
-        env.submit(a)
+    env.submit(state.in_flight)  # a checkpoint holds actions, not their processes: run them again
     bar = run.bar(N * B, "training", state.iteration * B)
     for i in range(state.iteration, N):                                       # l. 1
         began = time.monotonic()
-        s = draw_prompts(D, D_prev, round(wanted) - len(env.unfinished()), maker, state, cfg.p_improve)  # l. 2
-        for a in sampler.sample(s, learner.actor, version=i):                 # l. 3: a ~ pi(.|s)
-            env.submit(a)                                                     # l. 4: s' ~ P(s, env-inst(a))
+        n = round(wanted) - len(env.unfinished())
+        s = draw_prompts(D, D_prev, n, maker, state, cfg.p_improve)           # l. 2: D u D_prev
+        a = sampler.sample(s, learner.actor, version=i)                       # l. 3: a ~ pi(.|s)
+        env.submit(a)                                                         # l. 4: env-inst(a)
         sampled = time.monotonic()
-        batch, lost = env.collect(B, i, keep, bar.update)                     # l. 5: R and dt of B executions
+        batch, lost = env.collect(B, i, keep, bar.update)                     # l. 5: B of s', R, dt
         executed = time.monotonic()
         x = assemble(batch, learner, cfg)                                     # tokens, log-probs, V
         r = shape_rewards(x.R, x.logp_old, x.logp_ref, x.mask, cfg.kl_coef)
@@ -235,10 +244,10 @@ def train(cfg, D, learner, sampler, env, maker, run, state):
 def open_tasks(cfg):
     """D: {name: record of tasks.json}, to which its data is added: `standin` (bool), `public` and
     `private` folder, `truth` (answers, a table), `rows` and `report_rows` (bool masks over the
-    answers: those that are rewarded, those that are reported). Raises grade.DataError."""
+    answers: those that are rewarded, those that are reported). Raises UserError."""
     D = {}
-    for name in cfg.task.split(","):
-        try:
+    try:
+        for name in grade.load_tasks() if cfg.task == "all" else cfg.task.split(","):
             task = dict(grade.load_task(name.strip()))
             task["standin"] = grade.ensure_data(task, cfg.data_dir, cfg.raw or None)
             task["public"], task["private"] = grade.paths(task, cfg.data_dir)
@@ -251,9 +260,9 @@ def open_tasks(cfg):
             for rows in (task["rows"], task["report_rows"]):  # can they be graded at all?
                 with contextlib.suppress(grade.InvalidSubmission):
                     grade.grade(task, task["public"] / task["sample"], task["truth"], rows)
-        except grade.DataError as problem:
-            raise UserError(problem)
-        D[task["name"]] = task
+            D[task["name"]] = task
+    except grade.DataError as problem:
+        raise UserError(problem)
     return D
 
 class PromptMaker:
@@ -266,35 +275,36 @@ class PromptMaker:
         self.skipped = 0  # improvement candidates whose code alone was too long
         self.snippets = {(name, width): prompts.snippet(task, width) if width else ""
                          for name, task in D.items() for width in (200, 80, 30, 0)}
-        self.solve_ids = {name: self.solve(task) for name, task in D.items()}
+        self.solve_ids = {name: self.fit(prompts.solve, [(task, width) for width in (200, 80, 30, 0)])
+                          for name, task in D.items()}
+        for name, ids in self.solve_ids.items():
+            if not ids:
+                raise UserError(f"the prompt of {name} does not fit: raise --max-prompt-tokens "
+                                f"(now {cfg.max_prompt_tokens})")
 
-    def encode(self, build, *parts):
-        """Token ids of a prompt up to where the response begins."""
-        chat = self.tokenizer.apply_chat_template(build(*parts, short=self.short),
-                                                  add_generation_prompt=True, return_dict=True)
-        return list(chat["input_ids"])
-
-    def solve(self, task):
-        """Prompt from scratch, with as much of the data snippet as fits."""
-        for width in (200, 80, 30, 0):
-            ids = self.encode(prompts.solve, task, self.snippets[task["name"], width], self.packages)
+    def fit(self, build, ladder):
+        """Token ids, up to where the response begins, of the first prompt that fits, else []."""
+        for task, width, *parts in ladder:
+            chat = build(task, self.snippets[task["name"], width], self.packages, *parts,
+                         short=self.short)
+            ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True,
+                                                     return_dict=True)["input_ids"]
             if len(ids) <= self.cfg.max_prompt_tokens:
-                return ids
-        raise UserError(f"the prompt of {task['name']} has {len(ids)} tokens: raise "
-                        f"--max-prompt-tokens (now {self.cfg.max_prompt_tokens})")
+                return list(ids)
+        return []
 
     def improve(self, task, a):
         """Prompt to improve attempt a (App. C.2); from scratch if a's code alone does not fit.
         CHOICE: over budget go the snippet, then the head of the output, then the goal."""
-        no_goal = dict(task, goal="")
-        for record, width, tail in ((task, 80, 1500), (task, 0, 1500), (task, 0, 600),
-                                    (task, 0, 200), (no_goal, 0, 200), (no_goal, 0, 0)):
-            ids = self.encode(prompts.improve, record, self.snippets[task["name"], width],
-                              self.packages, a.plan, a.code, a.output[-tail:] if tail else "")
-            if len(ids) <= self.cfg.max_prompt_tokens:
-                return Attempt(task["name"], "improve", ids, parent=a.id)
-        self.skipped += 1
-        return Attempt(task["name"], "solve", self.solve_ids[task["name"]])
+        def parts(record, width, tail):
+            return record, width, a.plan, a.code, a.output[-tail:] if tail else ""
+        bare = dict(task, goal="")
+        ids = self.fit(prompts.improve, [
+            parts(task, 80, 1500), parts(task, 0, 1500), parts(task, 0, 600), parts(task, 0, 200),
+            parts(bare, 0, 200), parts(bare, 0, 0)])
+        self.skipped += not ids
+        return (Attempt(task["name"], "improve", ids, parent=a.id) if ids else
+                Attempt(task["name"], "solve", self.solve_ids[task["name"]]))
 
 def draw_prompts(D, D_prev, n, maker, state, p_improve):
     """n prompts s from D u D_prev (Alg. 1 l. 2): tasks evenly, improve with p_improve (Sec. 3.3).
@@ -326,8 +336,8 @@ class HFSampler:
 
     def sample(self, attempts, lm, version):
         """Fill response_ids, logp, version, plan and code of each attempt and yield it."""
-        # What the settings above leave open would come from the checkpoint: a repetition penalty, say,
-        # and programs would not come from the policy whose log-probs are computed.
+        # What the settings above leave open would come from the checkpoint, a repetition penalty
+        # say, and programs would not come from the policy whose log-probs are computed.
         lm.generation_config = transformers.GenerationConfig()
         attempts = sorted(attempts, key=lambda a: len(a.prompt_ids))  # less padding
         for k in range(0, len(attempts), self.cfg.sample_batch):
@@ -357,6 +367,8 @@ MODEL = re.compile(r"Classifier|Regress|Ridge|Lasso|NB$|SV[CR]$|SearchCV|Neighbo
 LOAD = {"read_csv", "read_json", "read_parquet", "load", "loads", "open"}
 PREDICT = {"predict", "predict_proba", "predict_log_proba", "decision_function"}
 LOSS = "loss|auc|acc|accuracy|score|error|rmse|mse|mae|logloss|kappa|f1"
+MARKERS = [marker for marker, _ in prompts.MILESTONES]
+OWN_PRINT = re.compile(rf"^([ \t]*)print\(f?['\"](?:{'|'.join(MARKERS)}).*\)[ \t]*$", re.MULTILINE)
 
 def calls(node):
     """Names of all that a statement calls, as in {"read_csv", "fit"}."""
@@ -364,7 +376,7 @@ def calls(node):
             if isinstance(c, ast.Call)}
 
 def milestones(tree):
-    """Yields (marker, the statement after which it is reached, name of a loss or None).
+    """Yields (marker, the statement after which it is reached, a loss's expression or None).
 
     CHOICE: rules instead of the paper's LM: the last import, the last load before the model, the
     first model built, the last fit before the last prediction, the last prediction, and any
@@ -392,86 +404,112 @@ def milestones(tree):
         yield from ((marker, n, n.targets[0].id) for n in simple if isinstance(n, ast.Assign)
                     and isinstance(n.targets[0], ast.Name) and name.fullmatch(n.targets[0].id))
 
-def instrument(code, secret, cfg):
-    """The program with a print after each milestone (Sec. 3.2); as it is if it does not parse.
+def marker_print(node):
+    """(marker, loss) of a statement print("marker") or print("marker:", loss), else None. A loss is
+    a bare name or subscript: printing it cannot change anything."""
+    match node:
+        case ast.Expr(ast.Call(ast.Name("print"), [ast.Constant(str(marker)), *loss], [])):
+            bare = (ast.Name, ast.Subscript, ast.Constant, ast.Load)
+            if (marker.strip() in MARKERS and len(loss) == marker.strip().endswith(":")
+                    and all(isinstance(n, bare) for x in loss for n in ast.walk(x))):
+                return marker.strip(), ast.unparse(loss[0]) if loss else None
 
-    Each print carries the run's secret, so that prints of the policy's own earn nothing, and is a
-    line of its own inside try/except, so that it cannot make the program fail.
+def proposed(old, new, found):
+    """Whether syntax tree `new`, the frozen LM's copy of `old`, adds prints of milestones and
+    nothing else. Appends them to `found`, as `milestones` yields them."""
+    if type(old) is not type(new):
+        return False
+    if isinstance(old, ast.AST):
+        return all(proposed(getattr(old, field, None), getattr(new, field, None), found)
+                   for field in old._fields)
+    if not isinstance(old, list):
+        return old == new
+    k = 0
+    for item in new:
+        if k < len(old) and proposed(old[k], item, found):
+            k += 1
+        elif added := marker_print(item):
+            found += [(added[0], old[k - 1], added[1])] if k else []
+        else:
+            return False
+    return k == len(old)
+
+def instrument(code, secret, copied=None):
+    """(program with a print after each milestone, who placed them: "lm" or "ast") (Sec. 3.2).
+
+    Each print carries the run's secret, so that prints of the policy's own earn nothing, and stands
+    inside try/except, so that it cannot make the program fail. `copied` is the frozen LM's copy: it
+    decides places only, and if it changed anything but prints, rules decide instead. What does not
+    parse comes back as it is.
     """
     try:
-        odd = "\r" in code.replace("\r\n", "")  # a line end to Python, not to us
-        tree = ast.parse(code if cfg.instrument == "ast" and not odd else "")
+        tree = ast.parse(OWN_PRINT.sub(r"\1pass", code) if copied else code)
+        found, by_lm = [], False
+        with contextlib.suppress(SyntaxError, ValueError):
+            by_lm = copied and proposed(tree, ast.parse(copied), found)
+        if ast.dump(tree) != ast.dump(ast.parse(ast.unparse(tree))):
+            return code, ""
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return code
-    lines, inserts = code.split("\n"), []
-    starts = {n.lineno for n in ast.walk(tree) if isinstance(n, ast.stmt)}
-    for marker, node, loss in milestones(tree):
-        indent = lines[node.lineno - 1].encode()[:node.col_offset].decode()  # offsets are in bytes
-        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip()
-        inside = starts & set(range(node.lineno + 1, node.end_lineno + 1))
-        if not indent.strip() and (not rest or rest[0] == "#") and not inside:
-            words = f"'{secret} {marker}'" + (f", {loss}" if loss else "")
-            inserts.append((node.end_lineno,
-                            f"{indent}try: print({words})\n{indent}except Exception: pass"))
-    for line, text in sorted(inserts, reverse=True):
-        lines.insert(line, text)
-    return "\n".join(lines) if same_program(tree, "\n".join(lines), secret) else code
+        return code, ""
+    added = collections.defaultdict(list)
+    for marker, node, loss in found if by_lm else milestones(tree):
+        words = f"'{secret} {marker}'" + (f", {loss}" if loss else "")
+        added[node] += ast.parse(f"try: print({words})\nexcept Exception: pass").body
+    for parent in list(ast.walk(tree)):
+        for field, value in ast.iter_fields(parent):
+            if isinstance(value, list):
+                setattr(parent, field, [x for old in value for x in (old, *added.get(old, ()))])
+    return ast.unparse(tree) + "\n", "lm" if by_lm else "ast"
 
-def same_program(tree, instrumented, secret):
-    """Whether a program without our prints is the given tree: odd line ends might mislead us."""
-    class WithoutPrints(ast.NodeTransformer):
-        def visit_Try(self, node):
-            ours = len(node.body) == 1 and isinstance(node.body[0], ast.Expr)
-            if ours and secret in ast.dump(node.body[0]):
-                return None
-            return self.generic_visit(node)
-    try:
-        stripped = WithoutPrints().visit(ast.parse(instrumented))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return ast.dump(stripped) == ast.dump(tree)
+def lm_copies(codes, sampler, lm):
+    """{id: the frozen LM's copy of a program, with the progress prints it was asked for} (App. C.3).
+    The policy's own prints of the same words are hidden from it."""
+    asked = []
+    for k, code in codes.items():
+        chat = prompts.instrument(OWN_PRINT.sub(r"\1pass", code))
+        ids = sampler.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        asked.append(Attempt("", "instrument", list(ids["input_ids"]), id=k))
+    return {a.id: a.code for a in sampler.sample(asked, lm, -1)}
 
 # --------------------------------------------------------------------------------------------------
 # §6 Execution (Alg. 1 l. 4-5)
 #
 # Programs are hostile: in search of reward they find the answers if they can. The trainer, which
-# alone knows the answers, hands a program to a worker, one a slot; the worker starts it, watches it
-# and kills all that it leaves. Walls, as far as the machine has them, are put up by the program's
-# process around itself, before the first line of untrusted code:
-#   user id     one a slot where the trainer is root: files, signals, /proc
-#   namespaces  own process ids, network, System V memory, /dev/shm; all else is mounted read-only
+# alone knows the answers, hands programs to workers. A worker locks itself into a box for good,
+# forks one program at a time, watches it, kills all that it leaves, and empties the box. Walls:
+#   user id     one a slot, where the trainer is root: files, signals, limits of others
+#   namespaces  the worker is process 1 of its own process ids, network and System V memory, with a
+#               /dev/shm of its own; everything but the slot's folder is mounted read-only
 #   Landlock    a list of folders that may be read or written; no TCP, signals or tracing outward
 # Not stopped: kernel bugs, side channels, what a program grabs between two looks (LOOK), UNIX
 # sockets in the file system, and marks forged by reading its own source: at most 0.7 over -10.
-# Without namespaces also UDP, System V memory that stays; without a user id as well, chmod.
-WALLS = [(True, True, True), (True, False, True), (False, True, True), (False, False, True),
-         (True, False, False), (False, False, False)]  # best first
+WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
+         ["user id"], ["Landlock"], [])  # best first; the last two only with --unsafe-exec
 LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds between looks; files; bytes
 PRELOAD = """numpy pandas scipy.sparse joblib sklearn.compose sklearn.ensemble sklearn.linear_model
     sklearn.feature_extraction.text sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
     sklearn.neural_network sklearn.pipeline sklearn.preprocessing sklearn.svm sklearn.tree
-    sklearn.decomposition lightgbm xgboost""".split()
-
-@dataclasses.dataclass
-class Result:
-    """How a program ended. No word of its output is believed: forging one may change the name of
-    its own failure, never make it a success."""
-
-    outcome: str  # see OUTCOMES; "ok" here: ended without error and left a submission
-    exit: int | None = None  # exit status, or minus the signal
-    dt: float | None = None  # wall seconds from fork to exit; a timeout counts its limit
-    output: str = ""  # stdout and stderr, head and tail, without the secret
-    marks: list[str] = dataclasses.field(default_factory=list)  # what our own prints said
-    submission: bytes | None = None
+    sklearn.decomposition lightgbm xgboost torch""".split()
+LINUX = sys.platform == "linux"
 
 def libc(name, *args):
-    """Call the C library; OSError where the function fails or is missing (macOS)."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
-    args = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    value = function(*args) if function and sys.platform == "linux" else -1
+    """Call the C library; OSError where the function fails."""
+    value = getattr(ctypes.CDLL(None, use_errno=True), name)(
+        *(ctypes.c_long(a) if isinstance(a, int) else a for a in args))
     if value == -1:
-        raise OSError(ctypes.get_errno(), f"{name} failed or is missing on this system")
+        raise OSError(ctypes.get_errno(), f"{name} failed")
     return value
+
+def private_mounts(slot):
+    """In an own mount namespace: only the slot's folder can be written, /dev/shm is new, and of
+    /run, where the sockets of the system's services are, nothing is left."""
+    slot, bind, recursive = os.fsencode(slot), 1 << 12, 0x8000
+    libc("mount", slot, slot, None, bind, None)
+    for path, on, off, flags in ((b"/", 1, 0, recursive), (slot, 0, 1, 0)):  # read-only on or off
+        libc("syscall", 442, -100, path, flags, struct.pack("QQQQ", on, off, 0, 0), 32)
+    for path in (b"/dev/shm", b"/run"):
+        libc("mount", b"tmpfs", path, b"tmpfs", 2 | 4, b"size=256m")  # no setuid, no devices
+    os.chdir(slot)  # what was mounted there just now
 
 def landlock(readable, writable):
     """Restrict this process and its children to these paths for good (Linux 5.13); no TCP from
@@ -481,196 +519,137 @@ def landlock(readable, writable):
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1  # all that this kernel knows
     rules = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     ruleset = libc("syscall", create, rules, len(rules), 0)
-    read, for_files = 1 << 0 | 1 << 2 | 1 << 3, 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
+    read, on_files = 1 << 0 | 1 << 2 | 1 << 3, 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
     for path in filter(os.path.exists, [*readable, *writable]):
         fd = os.open(path, os.O_PATH)
-        mask = (rights if path in writable else read) & (rights if os.path.isdir(path) else for_files)
-        libc("syscall", add, ruleset, 1, struct.pack("=Qi", mask & rights, fd), 0)
+        allowed = (rights if path in writable else read) & (-1 if os.path.isdir(path) else on_files)
+        libc("syscall", add, ruleset, 1, struct.pack("=Qi", allowed & rights, fd), 0)
         os.close(fd)
     libc("syscall", restrict, ruleset, 0)
 
-def own_namespaces(work):
-    """Move to new user, process-id, network, IPC and mount namespaces, where only `work` can be
-    written. Forks: this process stays behind as the parent of process 1 and ends as that ends."""
-    uid, gid, work = os.getuid(), os.getgid(), os.fsencode(work)
-    libc("unshare", 0x10000000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
-                       ("gid_map", f"{gid} {gid} 1")):
-        pathlib.Path("/proc/self", name).write_text(text)
-    bind, recursive, private, no_suid_dev = 1 << 12, 1 << 14, 1 << 18, 2 | 4
-    libc("mount", b"none", b"/", None, private | recursive, None)
-    libc("mount", work, work, None, bind, None)
-    for path, on, off, flags in ((b"/", 1, 0, 0x8000), (work, 0, 1, 0)):  # read-only, recursively
-        libc("syscall", 442, -100, path, flags, struct.pack("QQQQ", on, off, 0, 0), 32)
-    for path in (b"/dev/shm", b"/run"):  # in /run are the sockets of the system's services
-        libc("mount", b"tmpfs", path, b"tmpfs", no_suid_dev, b"size=256m")
-    pid = os.fork()
-    if pid:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if code < 0:
-            os.kill(os.getpid(), -code)
-        os._exit(code & 255)
-    end_with_parent()
-    with contextlib.suppress(OSError):  # not in most containers; Landlock then guards the old one
-        libc("mount", b"proc", b"/proc", b"proc", no_suid_dev, None)
-
-def end_with_parent():
-    """Have this process killed when its parent ends."""
-    libc("prctl", 1, signal.SIGKILL, 0, 0, 0)
-
-def confine(cfg, job, work):
-    """Put up the walls around this process; everything it starts stays inside."""
-    by_uid, namespaces, by_landlock = job["walls"]
-    os.setsid()
-    linux = sys.platform == "linux"
-    if linux:  # if memory runs out all the same, this is what the kernel kills
-        pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
-    if by_uid:
-        os.setgroups([])
-        os.setresgid(*[job["uid"]] * 3)
-        os.setresuid(*[job["uid"]] * 3)
-        libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc again
-    if linux:
-        end_with_parent()
-    if namespaces:
-        own_namespaces(work)
-    os.chdir(work)
-    # DATA, not AS: numpy reserves addresses that it never touches. NPROC counts all of a user's
-    # threads, so that without own ids or namespaces only `too_much` can be strict.
-    procs = cfg.max_procs if by_uid or namespaces else cfg.max_procs + 4096
-    for name, limit in dict(CORE=0, CPU=math.ceil(cfg.cpu_limit), FSIZE=cfg.disk_mb << 20,
-                            NOFILE=1024, DATA=int(cfg.memory_gb * 2 ** 30), NPROC=procs).items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
-    if linux:
-        libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
-        libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: nor through setuid programs
-    if by_landlock:
+def enter_box(job, slot):
+    """Put the walls around this worker, for good; `unshare` has made its namespaces (see Slot)."""
+    if LINUX:
+        pathlib.Path("/proc/self/oom_score_adj").write_text("1000")  # killed before the trainer is
+        libc("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: nothing gets out of sight
+        libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no gain through setuid programs
+    if "namespaces" in job.walls:
+        private_mounts(slot)
+    if "Landlock" in job.walls:
         devices = ["/dev/" + name for name in ("null", "zero", "full", "random", "urandom")]
-        devices += glob.glob("/dev/nvidia*") if cfg.program_gpu else []
-        devices += ["/dev/shm"] if namespaces or by_uid else []  # else it is everybody's
-        system = ["/usr", "/bin", "/lib", "/lib64", "/proc", "/sys/devices/system", "/sys/fs/cgroup"]
+        devices += glob.glob("/dev/nvidia*") if job.program_gpu else []
+        devices += ["/dev/shm"] if len(job.walls) > 1 else []  # else it is everybody's
+        system = "/usr /bin /lib /lib64 /proc /sys/devices/system /sys/fs/cgroup".split()
         system += ["/etc/" + name for name in ("alternatives", "fonts", "group", "ld.so.cache",
                                                "localtime", "nsswitch.conf", "passwd")]
         landlock([*system, *map(os.path.realpath, filter(None, sys.path)), sys.prefix,
-                  sys.base_prefix, job["public"]], [str(work), *devices])
+                  sys.base_prefix, job.public], [str(slot), *devices])
+    for name in PRELOAD if job.forked else []:  # imports only: forks would miss its threads
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False  # torch's take 25 ms at the end of every fork
+    gc.collect()
+    gc.freeze()  # the collector must not touch, hence copy, pages that forks share
+
+def lower_rights(job, work, output):
+    """Prepare this forked process for the program: files, limits, user, capabilities."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    os.chdir(work)
+    os.environ.update(HOME=str(work), TMPDIR=f"{work}/tmp")
+    for fd, source in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
+        os.dup2(source, fd)
+    os.closerange(3, 1024)  # a fork inherits everything
+    # DATA, not AS: numpy reserves addresses that it never touches. NPROC counts all of a user's.
+    procs = job.max_procs + 4096 * (job.walls in (["Landlock"], []))
+    for name, limit in dict(CORE=0, CPU=math.ceil(job.cpu_limit), FSIZE=job.disk_mb << 20,
+                            NOFILE=1024, DATA=int(job.memory_gb * 2 ** 30), NPROC=procs).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
+    if "user id" in job.walls:
+        os.setgroups([])
+        os.setresgid(*[job.uid] * 3)
+        os.setresuid(*[job.uid] * 3)
+    if LINUX:
+        libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
+        libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc again
 
 def become_program():
     """Run ./program.py in this forked process as `python -u program.py` would. Never returns."""
-    for module in ("numpy.random", "torch"):
+    for module in ("numpy.random", "torch.random"):
         if module in sys.modules:  # else all forks would draw the same numbers
             sys.modules[module].seed()
-    main_module = types.ModuleType("__main__")  # pickling and multiprocessing look for a real one
-    main_module.__file__ = os.path.abspath("program.py")
-    sys.modules["__main__"], sys.argv = main_module, ["program.py"]
     sys.path.insert(0, os.getcwd())
-    code = 1
+    sys.argv = ["program.py"]
+    main = sys.modules["__main__"] = types.ModuleType("__main__")  # as pickling expects
+    main.__file__ = os.path.abspath("program.py")
     try:
-        source = pathlib.Path("program.py").read_bytes()
-        exec(compile(source, main_module.__file__, "exec", dont_inherit=True), main_module.__dict__)
+        exec(compile(pathlib.Path("program.py").read_bytes(), main.__file__, "exec",
+                     dont_inherit=True), main.__dict__)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code and not isinstance(end.code, int):
             print(end.code, file=sys.stderr)
     except BaseException as error:  # printed without the frame of this function
-        error.__traceback__ = error.__traceback__.tb_next
-        sys.excepthook(type(error), error, error.__traceback__)
-    finally:
-        with contextlib.suppress(BaseException):  # what the interpreter does at its end
-            threading._shutdown()
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            main_module.__dict__.clear()  # closes, so writes, forgotten files
-            gc.collect()
-        os._exit(code & 255)
+        code = 1
+        sys.excepthook(type(error), error.with_traceback(error.__traceback__.tb_next), None)
+    threading._shutdown()  # and the rest of what the interpreter does at its end
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    main.__dict__.clear()  # closes, so writes, forgotten files
+    gc.collect()
+    os._exit(code & 255)
 
-def start(cfg, job, work, output, failed):
-    """Fork the program's process; returns its id. It prints to the file `output`. What is written
-    to the pipe `failed`, closed before the program's first line, says why it could not start."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for fd, source in ((0, null), (1, output), (2, output), (3, failed)):
-            os.dup2(source, fd, inheritable=fd < 3)
-        os.closerange(4, 1024)  # a fork inherits everything, also the trainer's socket
-        os.environ.update(HOME=str(work), TMPDIR=f"{work}/tmp")
-        confine(cfg, job, work)
-        if job["forked"]:
-            os.close(3)
-            become_program()
-        os.execv(sys.executable, [sys.executable, "-u", "program.py"])
-    except BaseException as error:
-        os.write(3, repr(error).encode())
-    finally:
-        os._exit(77)
-
-def family():
-    """Ids of all processes below this one (Linux)."""
-    found, todo = [], [os.getpid()]
-    while todo:
-        pid = todo.pop()
-        with contextlib.suppress(OSError):  # ended meanwhile
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                with open(f"/proc/{pid}/task/{thread}/children") as file:
-                    children = [int(child) for child in file.read().split()]
-                found, todo = found + children, todo + children
-    return found
-
-def kill_all(first):
-    """Kill and reap everything below this process; orphans are ours, since we are a subreaper."""
-    patience = time.monotonic() + 20
-    if sys.platform != "linux":  # `family` finds nothing there
-        with contextlib.suppress(OSError):
+def kill_all(job, first):
+    """Kill and reap all that a program left, at one stroke: a sweep would miss what forks."""
+    if "user id" not in job.walls and os.getpid() != 1:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(first, signal.SIGKILL)
+    elif os.fork() == 0:
+        with contextlib.suppress(OSError):
+            os.setresuid(*[job.uid if "user id" in job.walls else os.getuid()] * 3)
+            os.kill(-1, signal.SIGKILL)  # all that this user can reach but itself and process 1
+        os._exit(0)
+    patience = time.monotonic() + 20
     while time.monotonic() < patience:
-        for pid in family():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+        try:  # orphans are our children, since we are process 1 or a subreaper
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.0002)
         except ChildProcessError:
             return
-        time.sleep(0.0002)
     raise OSError("processes of a program survive SIGKILL")
 
-def too_much(cfg, work):
-    """"memory" or "crash" where processes or files exceed the limits or are hidden, else ""."""
-    size, files, todo = 0, 0, [work]
-    while todo:
-        try:
-            with os.scandir(todo.pop()) as entries:
-                for entry in itertools.islice(entries, MAX_FILES):
-                    files, size = files + 1, size + entry.stat(follow_symlinks=False).st_blocks * 512
-                    todo += [entry.path] if entry.is_dir(follow_symlinks=False) else []
-        except FileNotFoundError:  # removed meanwhile
-            pass
-        except OSError:  # closed to us, or too deep
-            return "crash"
-        if files > MAX_FILES or size > cfg.disk_mb << 20:
-            return "crash"
-    pids, used = family(), 0
-    for pid in pids:
-        try:
-            found = re.search(r"Pss: +(\d+)", open(f"/proc/{pid}/smaps_rollup").read())
-            used += int(found.group(1)) << 10  # PSS: pages that forks share are divided
-        except PermissionError:  # a process can make itself unreadable
-            return "memory"
-        except (OSError, AttributeError):  # ended meanwhile
-            pass
-    return "memory" if used > cfg.memory_gb * 2 ** 30 else "crash" * (len(pids) > cfg.max_procs)
+def too_much(job, slot):
+    """"memory" or "crash" where processes or files exceed the limits, else ""."""
+    used, procs, files = 0, 0, []
+    for proc in filter(str.isdigit, os.listdir("/proc") if LINUX else []):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, TypeError):  # just ended
+            if os.getpid() == 1 != int(proc) or os.stat(f"/proc/{proc}").st_uid == job.uid:
+                procs += 1
+                text = pathlib.Path(f"/proc/{proc}/smaps_rollup").read_text()
+                used += int(re.search(r"Pss: +(\d+)", text)[1]) << 10  # shared pages are divided
+    try:
+        for folder, names, more in os.walk(slot):
+            files += [os.path.join(folder, name) for name in names + more]
+            if len(files) > MAX_FILES:
+                return "crash"
+        size = sum(os.lstat(file).st_blocks * 512 for file in files)
+    except FileNotFoundError:  # removed meanwhile
+        size = 0
+    except (OSError, RecursionError):  # closed to us, or too deep
+        return "crash"
+    flood = size > job.disk_mb << 20 or procs > job.max_procs
+    return "memory" if used > job.memory_gb * 2 ** 30 else "crash" * flood
 
-def watch(cfg, number, pid, work, wake, sock):
+def watch(job, pid, slot, wake):
     """Wait until the program's first process ends or must end: (exit status or None, why)."""
     now = time.monotonic()
-    end, look = now + cfg.timeout, now + LOOK
+    end, look = now + job.timeout, now + LOOK
     while now < end:
-        ready = select.select([wake, sock], [], [], max(0, min(look, end) - now))[0]
-        if sock in ready and receive(sock) in (None, number):  # the trainer is gone or takes it back
+        ready = select.select([wake, 0], [], [], max(0, min(look, end) - now))[0]
+        if 0 in ready:  # the trainer hung up
             return None, "cancelled"
         ended = wake in ready and os.read(wake, 512)  # a child: the program, or an orphan of it
         while ended:
@@ -679,40 +658,45 @@ def watch(cfg, number, pid, work, wake, sock):
                 return os.waitstatus_to_exitcode(status), ""
         now = time.monotonic()
         if now >= look:
-            if why := too_much(cfg, work):
+            if why := too_much(job, slot):
                 return None, why
             look = time.monotonic() + LOOK
     return None, "timeout"
 
-def execute(cfg, job, slot, wake, sock):
-    """Run one program in a new work folder; returns a Result, its submission in base64."""
+def execute(job, slot, wake):
+    """Run one program in a new work folder; returns the fields of Attempt's group "Execution".
+    "ok": ended without error and left a submission, which is in base64. No word of the output is
+    believed: forging one may change the name of a program's failure, never make it a success."""
     work, log = slot / "work", slot / "output"
     (work / "tmp").mkdir(parents=True)
-    (work / "program.py").write_bytes(job["code"].encode(errors="replace"))
-    (work / job["task"]).symlink_to(pathlib.Path(job["public"], job["task"]))
-    if job["walls"][0]:
-        for path in (work, work / "tmp", work / "program.py"):
-            os.chown(path, job["uid"], job["uid"])
-    (failed, failed_end), spent, began = os.pipe(), os.times(), time.monotonic()
-    with open(log, "ab") as output, open(failed, "rb") as failed, open(failed_end, "wb") as end:
-        pid = start(cfg, job, work, output.fileno(), end.fileno())
-        try:
-            status, why = watch(cfg, job["number"], pid, work, wake, sock)
-            dt = cfg.timeout if why == "timeout" else time.monotonic() - began
-        finally:
-            kill_all(pid)
-        end.close()
-        if trouble := failed.read(1000):
-            raise OSError(trouble.decode(errors="replace"))
+    (work / "program.py").write_bytes(job.code.encode(errors="replace"))
+    (work / job.task).symlink_to(pathlib.Path(job.public, job.task))
+    for path in (work, work / "tmp", work / "program.py") if "user id" in job.walls else ():
+        os.chown(path, job.uid, job.uid)
+    spent, began = os.times(), time.monotonic()
+    with open(log, "ab") as output:
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                lower_rights(job, work, output.fileno())
+                if not job.forked:
+                    os.execv(sys.executable, [sys.executable, "-u", "program.py"])
+                become_program()
+            os._exit(77)
+    try:
+        status, why = watch(job, pid, slot, wake)
+        dt = job.timeout if why == "timeout" else time.monotonic() - began
+    finally:
+        kill_all(job, pid)
     data = read_submission(work / "submission.csv") if status == 0 else None
-    text, marks = read_output(log, job["secret"].encode(), cfg.output_kb << 10)
+    text, marks = read_output(log, job.secret.encode(), job.output_kb << 10)
     if not why and status:
         cpu = sum(os.times()[2:4]) - sum(spent[2:4])
-        late = status in (-signal.SIGXCPU, -signal.SIGKILL) and cpu >= cfg.cpu_limit - 1
+        late = status in (-signal.SIGXCPU, -signal.SIGKILL) and cpu >= job.cpu_limit - 1
         why = "timeout" if late else name_failure(text)
-    return Result(why or ("no_submission" if data is None else "ok"), status, dt,
-                  text.replace(f"{work}/", ""), marks,
-                  None if data is None else base64.b64encode(data).decode())
+    return dict(outcome=why or ("no_submission" if data is None else "ok"), exit=status, dt=dt,
+                output=text.replace(f"{work}/", ""), marks=marks,
+                submission=None if data is None else base64.b64encode(data).decode())
 
 def name_failure(text):
     """The outcome's word for an uncaught exception, from the traceback at the end of the output."""
@@ -723,122 +707,140 @@ def name_failure(text):
             "memory" if error.endswith("MemoryError") else "crash")
 
 def read_output(log, secret, limit):
-    """(head and tail of what a program printed, the marks in it). All of it is searched for marks;
-    one behind a quote is only a traceback's view of an inserted line."""
-    import mmap
-    if not log.stat().st_size:
-        return "", []
-    with open(log, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = re.finditer(rb"(?<!['\"])" + secret + rb" ([^\r\n]{0,200})", data)
-        marks = [m[1].decode(errors="replace") for m in itertools.islice(found, 64)]
-        del found  # it holds on to the map
-        edge = limit // 2 + len(secret)
-        parts = [data[:]] if len(data) <= 2 * edge else [data[:edge], data[-edge:]]
-        parts = [re.sub(secret + b" ?", b"", part) for part in parts]
-        if len(parts) == 2:  # without what may be half of a secret
-            cut = f"\n... {len(data) - limit} bytes cut ...\n".encode()
-            parts = [parts[0][:-len(secret)], cut, parts[1][len(secret):]]
-    return b"".join(parts).decode(errors="replace"), marks
+    """(head and tail of what a program printed, without the secret; the marks in all of it). One
+    behind a quote is only a traceback's view of an inserted line."""
+    data = log.read_bytes()
+    marks = re.findall(rb"(?<!['\"])" + secret + rb" ([^\r\n]{0,200})", data)[:64]
+    data = re.sub(secret + b" ?", b"", data)
+    if len(data) > limit:
+        cut = f"\n... {len(data) - limit} bytes cut ...\n".encode()
+        data = data[:limit // 2] + cut + data[-limit // 2:]
+    return data.decode(errors="replace"), [mark.decode(errors="replace") for mark in marks]
 
 def read_submission(path):
     """Bytes of a submission or None, once all of the program's processes are dead. A link of either
     kind (to the answers?), a FIFO, a device, a folder and a gigantic file are none."""
-    try:
+    with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return None
-    info = os.fstat(fd)
-    plain = stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION
-    try:
-        return os.fdopen(os.dup(fd), "rb").read(MAX_SUBMISSION) if plain else None
-    finally:
+        info = os.fstat(fd)
+        if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION:
+            with open(fd, "rb") as file:
+                return file.read()
         os.close(fd)
 
-def clean(slot, job):
-    """Delete what a program leaves, in whatever state: closed folders, or thousands of them nested."""
+def clean(job, slot):
+    """Empty the box of what a program left, also closed folders, or thousands of them nested."""
     try:
         os.unlink(slot / "output")
         shutil.rmtree(slot / "work")
     except (OSError, RecursionError):
-        subprocess.run("chmod -R u+rwX .; rm -rf work output", shell=True, cwd=slot, stderr=subprocess.DEVNULL)
-    if job["walls"][:2] == [True, False]:  # /dev/shm is everybody's, the user id is not
-        subprocess.run(["find", "/dev/shm", "-user", str(job["uid"]), "-delete"])
-
-def send(sock, message):
-    """A message as JSON behind its length, so that no more than it is ever read."""
-    data = json.dumps(message).encode()
-    sock.sendall(struct.pack("Q", len(data)) + data)
-
-def receive(sock):
-    """The next message; None where the other side is gone."""
-    head = sock.recv(8, socket.MSG_WAITALL)
-    size = struct.unpack("Q", head)[0] if len(head) == 8 else 0
-    data = sock.recv(size, socket.MSG_WAITALL) if size else b""
-    return json.loads(data) if data and len(data) == size else None
+        subprocess.run("chmod -R u+rwX .; rm -rf ./*", shell=True, stderr=subprocess.DEVNULL)
+    for entry in os.scandir("/dev/shm") if len(job.walls) > 1 else []:
+        if os.getpid() == 1 or entry.stat(follow_symlinks=False).st_uid == job.uid:
+            subprocess.run(["rm", "-rf", entry.path])
 
 def worker():
-    """A slot's process: takes jobs from the socket on stdin, until it closes. A number instead of a
-    job takes that job back: by then it may have ended."""
-    sock, slot = socket.socket(fileno=0), pathlib.Path.cwd()
+    """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
+    stdout, which is the same socket. It kills its program when the trainer hangs up."""
+    slot, trainer, boxed = pathlib.Path.cwd(), os.getppid(), False
     del sys.path[0]  # this file's folder, in which data and runs may lie: closed to programs
     os.umask(0o077)
     wake, wake_end = os.pipe()
     os.set_blocking(wake_end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler nothing would wake us
     signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
-    with contextlib.suppress(OSError):
-        libc("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: nothing gets out of sight
-    preloaded = False
-    while (job := receive(sock)) is not None:
-        if isinstance(job, int):
-            continue
-        if job["forked"] and not preloaded:
-            for name in PRELOAD:  # imports only: after computing, forks would miss its threads
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(name)
-            gc.collect()
-            gc.freeze()  # the collector must not touch, hence copy, pages that forks share
-            preloaded = True
+    for line in sys.stdin.buffer:
+        job = types.SimpleNamespace(**json.loads(line))
         try:
-            result = execute(types.SimpleNamespace(**job["limits"]), job, slot, wake, sock)
+            boxed = boxed or not enter_box(job, slot)
+            result = execute(job, slot, wake)
         except OSError as error:
-            result = Result("infra", output=str(error))
-        clean(slot, job)
-        with contextlib.suppress(OSError):
-            send(sock, dataclasses.asdict(result))
-    subprocess.run(["rm", "-rf", slot.parent], stderr=subprocess.DEVNULL)  # the trainer is gone
+            result = dict(outcome="infra", output=str(error))
+        clean(job, slot)
+        with contextlib.suppress(OSError):  # the trainer hung up
+            sys.stdout.buffer.write(json.dumps(result).encode() + b"\n")
+            sys.stdout.buffer.flush()
+    if os.getppid() != trainer:  # it was killed, so we tidy up
+        subprocess.run(["rm", "-rf", slot.parent], stderr=subprocess.DEVNULL)
 
-# A small real attack by a program of our own. What it prints was possible.
+# What walls are to withstand: a claim, and the attack by a program of our own that tests it.
+CLAIMS = {
+    "private answers cannot be read": "for path in {answers!r}: attack(os.open, path, os.O_RDONLY)",
+    "the trainer cannot be stopped or looked into":
+        "attack(os.kill, {trainer}, 0); attack(open, '/proc/{trainer}/environ'); "
+        "attack(resource.prlimit, {trainer}, resource.RLIMIT_CORE)",
+    "nothing outside its folder can be changed": "attack(os.utime, {victim!r}); "
+                                                 "attack(os.remove, {victim!r})",
+    "home and run folder cannot be listed": "for path in {home!r}: attack(os.listdir, path)",
+    "no network": "attack(socket.create_connection, ('127.0.0.1', {port}), 1); "
+                  "attack(socket.socket(type=socket.SOCK_DGRAM).sendto, b'', ('127.0.0.1', 9))",
+}
 PROBE = """
-import os, socket
-def attack(name, act, *args):
+import os, resource, socket
+def attack(act, *args):
     try:
         act(*args)
-        print("possible:", name)
+        print("possible", k)
     except OSError:
         pass
-for path in {answers!r}:
-    attack("answers", os.open, path, os.O_RDONLY)
-attack("trainer", os.kill, {trainer}, 0)
-attack("trainer", open, "/proc/{trainer}/environ")
-attack("files", os.utime, {victim!r})
-attack("files", os.remove, {victim!r})
-for path in {home!r}:
-    attack("home", os.listdir, path)
-attack("network", socket.create_connection, ("127.0.0.1", {port}), 1)
-attack("network", socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))
+{attacks}
 import pandas, sklearn.linear_model
 sklearn.linear_model.LogisticRegression().fit([[0.0], [1.0]], [0, 1])
 open("submission.csv", "w").close()
 """
-CLAIMS = {"answers": "private answers cannot be read",
-          "trainer": "the trainer cannot be stopped or looked into",
-          "files": "nothing outside its folder can be changed",
-          "home": "home and run folder cannot be listed", "network": "no network"}
+
+class Slot:
+    """A worker process and our end of the socket to it; started when needed, also after a death."""
+
+    def __init__(self, folder, command, env):
+        self.folder, self.command, self.env = folder, command, env
+        self.process, self.began = None, None  # None: no program runs
+
+    def run(self, job):
+        """Have the worker execute a job: the fields that `execute` returns."""
+        self.began = time.monotonic()
+        try:
+            if not self.process or self.process.poll() is not None:
+                self.open(job["walls"])
+            self.socket.settimeout(job["timeout"] + 120)
+            self.file.write(json.dumps(job).encode() + b"\n")
+            self.file.flush()
+            result = json.loads(self.file.readline())
+        except (OSError, ValueError) as error:
+            result = dict(outcome="infra", output=f"a worker died or did not start ({error})")
+        self.began = None
+        if result["outcome"] == "infra":
+            self.close()
+        if result.get("submission") is not None:
+            result["submission"] = base64.b64decode(result["submission"])
+        return result
+
+    def open(self, walls):
+        """Start the worker, in a clean environment and where possible in its own namespaces."""
+        subprocess.run(["rm", "-rf", self.folder])  # of a worker that died
+        self.folder.mkdir(mode=0o711)
+        unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
+        unshare += [] if "user id" in walls else ["--map-root-user"]
+        self.socket, theirs = socket.socketpair()
+        self.file = self.socket.makefile("rwb")
+        self.process = subprocess.Popen(
+            [*unshare * ("namespaces" in walls), *self.command], stdin=theirs, stdout=theirs,
+            stderr=subprocess.DEVNULL, cwd=self.folder, env=self.env, start_new_session=True)
+        theirs.close()
+
+    def close(self):
+        """Hang up: the worker kills its program and ends."""
+        if self.process:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+            try:
+                self.process.wait(1)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
 
 class Pool:
-    """Runs programs, cfg.workers at a time. A thread a slot hands jobs to the slot's worker, so that
-    workers go on while the trainer samples or updates.
+    """Runs programs, cfg.workers at a time. A thread a slot hands jobs to the slot's worker, so
+    that workers go on while the trainer samples or updates.
 
     public: {task: folder that programs see}, staged as a copy; private: folders they must not see.
     `report` says in words what was found to hold. Raises UserError where the answers or the trainer
@@ -846,153 +848,116 @@ class Pool:
     """
 
     def __init__(self, cfg, public, private, secret):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.count, self.python = cfg.workers or cores, cfg.python or sys.executable
-        self.threads = str(cfg.threads or max(1, cores // self.count))
-        self.jobs, self.results, self.number = queue.SimpleQueue(), queue.SimpleQueue(), itertools.count()
-        self.lock = threading.Lock()  # guards the next three
-        self.wanted = {}  # job number -> key
-        self.running = {}  # job number -> (slot, when it began)
-        self.workers = {}  # slot -> (process, socket)
-        self.uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
+        cores = len(os.sched_getaffinity(0)) if LINUX else os.cpu_count()
+        count = cfg.workers or cores
+        threads = str(cfg.threads or max(1, cores // count))
+        env = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
+        env |= dict(LANG="C.UTF-8", GLIBC_TUNABLES="glibc.malloc.hugetlb=1", PYTHONHASHSEED="0",  # sets print alike in all workers
+                    PYTHONUSERBASE=os.path.expanduser("~/.local"))
+        env |= {f"{name}_NUM_THREADS": threads for name in ("OMP", "OPENBLAS", "MKL")}
+        env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        command = [cfg.python or sys.executable, "-u", os.path.abspath(__file__), "_worker"]
+        self.jobs, self.results = queue.SimpleQueue(), queue.SimpleQueue()
+        self.numbers, self.wanted = itertools.count(), {}  # job number -> key
         self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
+        self.slots = [Slot(self.stage / f"slot{k}", command, env) for k in range(count)]
         try:
             self.stage.chmod(0o711)
             for task, folder in public.items():
                 shutil.copytree(folder, self.stage / "public" / task / "prepared" / "public")
             subprocess.run(["chmod", "-R", "u+rwX,go=rX", self.stage / "public"], check=True)
             limits = "timeout cpu_limit memory_gb disk_mb output_kb max_procs program_gpu".split()
-            self.job = dict(secret=secret, public=str(self.stage / "public"),
-                            limits={name: getattr(cfg, name) for name in limits})
-            for slot in range(self.count):
-                threading.Thread(target=self.serve, args=(slot,), daemon=True).start()
-            self.report = self.choose(cfg, next(iter(public)), private)
+            self.job = {name: getattr(cfg, name) for name in limits}
+            self.job |= dict(secret=secret, public=str(self.stage / "public"))
+            uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
+            for k, slot in enumerate(self.slots):
+                threading.Thread(target=self.serve, args=(slot, uid + k), daemon=True).start()
+            self.report = [f"{count} at once, {threads} thread(s) each",
+                           *self.choose(cfg, next(iter(public)), private)]
         except BaseException:
             self.close()
             raise
 
     def choose(self, cfg, task, private):
-        """Take the first walls that withstand PROBE, with forked interpreters if those work."""
-        victim, home = self.stage / "victim", [os.path.expanduser("~"), os.path.abspath(cfg.run)]
-        answers = [path for folder in private for path in (folder, *pathlib.Path(folder).rglob("*"))]
-        answers = [str(path) for path in [*answers, *filter(None, [cfg.raw])]]
-        limits = self.job["limits"]
+        """Take the first walls that withstand PROBE, with forked interpreters if those work; says
+        in words what holds."""
+        victim, server = self.stage / "victim", socket.create_server(("127.0.0.1", 0))
+        hidden = [cfg.raw] if cfg.raw else []
+        for folder in private:
+            hidden += [folder, *pathlib.Path(folder).rglob("*")]
+        names = dict(answers=list(map(str, hidden)), trainer=os.getpid(), victim=str(victim),
+                     home=[os.path.expanduser("~"), os.path.abspath(cfg.run)],
+                     port=server.getsockname()[1])
+        attacks = "".join(f"k = {k}\n{a.format(**names)}\n" for k, a in enumerate(CLAIMS.values()))
+        usual = self.job.copy()
         for walls, forked in itertools.product(WALLS, (not cfg.fresh_interpreters, False)):
-            if walls[0] and os.getuid():
+            if "user id" in walls and os.getuid():
                 continue
+            for slot in self.slots:
+                slot.close()
             victim.touch()
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                code = PROBE.format(answers=answers, trainer=os.getpid(), victim=str(victim),
-                                    home=home, port=server.getsockname()[1])
-                self.job |= dict(walls=walls, forked=forked,
-                                 limits=limits | dict(timeout=60, cpu_limit=60))
-                self.submit("probe", task, code)
-                _, result = self.wait()
-            self.job["limits"] = limits
-            possible = set(re.findall(r"possible: (\w+)", result.output))
-            if result.outcome == "ok" and (cfg.unsafe_exec or not possible & {"answers", "trainer"}):
-                names = [n for n, on in zip(("user ids", "namespaces", "Landlock"), walls) if on]
-                return [f"{self.count} at once, {self.threads} thread(s) each, "
-                        + ("forked with the usual imports" if forked else "fresh interpreters"),
-                        f"enforced ({', '.join(names) or 'nothing'}): "
-                        + "; ".join(CLAIMS[c] for c in CLAIMS if c not in possible),
-                        *("NOT enforced here: " + CLAIMS[c] for c in CLAIMS if c in possible)]
-        raise UserError(f"programs cannot run safely here ({result.outcome}: {result.output[-200:]}): "
-                        "run as root, or where user namespaces or Landlock (Linux 6.12) work, or "
+            self.job |= dict(walls=walls, forked=forked, timeout=120, cpu_limit=60, memory_gb=4)
+            self.submit("probe", task, PROBE.format(attacks=attacks))
+            result = self.wait()[1]
+            self.job |= usual
+            if result["outcome"] == "timeout":  # says nothing about walls, and must not weaken them
+                break
+            failed = {int(k) for k in re.findall(r"possible (\d)", result["output"])}
+            if result["outcome"] == "ok" and (cfg.unsafe_exec or not failed & {0, 1}):
+                server.close()
+                return ["forked with the usual imports" if forked else "fresh interpreters",
+                        f"enforced ({', '.join(walls) or 'nothing'}): "
+                        + "; ".join(c for k, c in enumerate(CLAIMS) if k not in failed),
+                        *(f"NOT enforced here: {c}" for k, c in enumerate(CLAIMS) if k in failed)]
+        raise UserError(f"programs cannot run safely here ({result['outcome']}: "
+                        f"{result['output'][-200:]}): run as root with Python outside of a closed "
+                        "home, or where user namespaces are allowed, on a Linux with Landlock; or "
                         "accept the risk with --unsafe-exec")
 
-    def serve(self, slot):
+    def serve(self, slot, uid):
         """Thread of a slot: one job after another; a second time where it failed by our fault."""
-        while (number_job := self.jobs.get()) is not None:
-            number, job = number_job
-            for _ in range(2):
-                result = self.hand_over(slot, number, job | dict(number=number, uid=self.uid + slot))
-                if result.outcome != "infra":
-                    break
-            self.results.put((number, result))
-
-    def hand_over(self, slot, number, job):
-        """Have a slot's worker run a job; starts a worker where there is none alive."""
-        try:
-            with self.lock:
-                if number not in self.wanted:
-                    return Result("cancelled")
-                if slot not in self.workers or self.workers[slot][0].poll() is not None:
-                    self.workers[slot] = self.start_worker(slot)
-                process, sock = self.workers[slot]
-                self.running[number] = slot, time.monotonic()
-                send(sock, job)
-            result = Result(**receive(sock))
-        except (OSError, TypeError):  # the worker is dead
-            process.kill()
-            process.wait()
-            result = Result("infra", output="a worker died")
-        with self.lock:
-            self.running.pop(number, None)
-        if result.submission is not None:
-            result.submission = base64.b64decode(result.submission)
-        return result
-
-    def start_worker(self, slot):
-        """Start a worker with a clean environment; it ends when its socket closes."""
-        folder = self.stage / f"slot{slot}"
-        subprocess.run(["rm", "-rf", folder], check=True)  # of a worker that died
-        folder.mkdir(mode=0o711)
-        ours, theirs = socket.socketpair()
-        env = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
-        env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
-                    PYTHONUSERBASE=os.path.expanduser("~/.local"))
-        env |= {f"{name}_NUM_THREADS": self.threads for name in ("OMP", "OPENBLAS", "MKL")}
-        process = subprocess.Popen([self.python, "-u", os.path.abspath(__file__), "_worker"],
-                                   stdin=theirs, stdout=subprocess.DEVNULL, cwd=folder, env=env,
-                                   start_new_session=True)
-        theirs.close()
-        return process, ours
+        while (job := self.jobs.get()) is not None:
+            result, tries = dict(outcome="infra"), 0
+            while result["outcome"] == "infra" and tries < 2 and job["number"] in self.wanted:
+                result, tries = slot.run(job | dict(uid=uid)), tries + 1
+            self.results.put((job["number"], result))
 
     def submit(self, key, task, code):
         """Queue a program under a key of the caller's; never blocks."""
-        number = next(self.number)
+        number = next(self.numbers)
         self.wanted[number] = key
-        self.jobs.put((number, self.job | dict(task=task, code=code)))
+        self.jobs.put(self.job | dict(number=number, task=task, code=code))
 
     def wait(self):
-        """(key, Result) of the next program that ends; blocks."""
+        """(key, fields of Attempt) of the next program that ends; blocks."""
         while True:
             number, result = self.results.get()
-            with self.lock:
-                if number in self.wanted:  # else it was cancelled
-                    return self.wanted.pop(number), result
+            if number in self.wanted:  # else it was cancelled
+                return self.wanted.pop(number), result
 
     def cancel(self):
         """Forget all programs, kill those that run; returns the seconds that each of those ran."""
-        with self.lock:
-            wanted, self.wanted = self.wanted, {}
-            running = {n: began for n, began in self.running.items() if n in wanted}
-            for number, (slot, _) in running.items():
-                with contextlib.suppress(OSError):
-                    send(self.workers[slot][1], number)
-        return [time.monotonic() - began for _, began in running.values()]
+        self.wanted.clear()
+        running = [(slot, slot.began) for slot in self.slots if slot.began]
+        for slot, _ in running:
+            slot.close()
+        return [time.monotonic() - began for _, began in running]
 
     def close(self):
         """End all workers and what they run."""
-        self.cancel()  # so that no thread starts another worker
-        for _ in range(self.count):
+        self.wanted.clear()
+        for slot in self.slots:
             self.jobs.put(None)
-        with self.lock:
-            workers = list(self.workers.values())
-        for _, sock in workers:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for process, _ in workers:
-            try:
-                process.wait(2)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            slot.close()
         subprocess.run(["rm", "-rf", self.stage])
 
 # --------------------------------------------------------------------------------------------------
 # §7 Reward (Alg. 1 l. 5, Sec. 3.2)
 FAIL, MARK = -10.0, 0.1  # a total failure; each milestone it reached nevertheless (Sec. 3.2)
+
+def sign(task):
+    """1 where a higher score is better, else -1."""
+    return 1 if task["higher_is_better"] else -1
 
 def reward(task, a, cfg):
     """R(s, env-inst(a)) of an executed attempt.
@@ -1010,10 +975,12 @@ def reward(task, a, cfg):
         return sign(task) * a.score
     sample = task["sample_score"]
     sample = task["median"] if sample is None else sample  # none: the sample submission is refused
-    return 0.5 + 0.5 * math.tanh(sign(task) * (a.score - sample) / (abs(task["bronze"] - sample) or 1.0))
+    far = abs(task["bronze"] - sample) or 1.0
+    return 0.5 + 0.5 * math.tanh(sign(task) * (a.score - sample) / far)
 
 class Environment:
-    """P(s, env-inst(a)) of Alg. 1 l. 4: instruments, executes, grades and rewards attempts."""
+    """P(s, env-inst(a)) of Alg. 1 l. 4: instruments, executes, grades and rewards attempts.
+    `copy` is what asks the frozen LM for instrumented copies (lm_copies), once it is loaded."""
 
     def __init__(self, cfg, D):
         self.cfg, self.D, self.secret, self.executions = cfg, D, secrets.token_hex(8), 0
@@ -1023,6 +990,7 @@ class Environment:
             task["public"] = self.pool.stage / "public" / name / "prepared" / "public"
             if cfg.drop_leaks:
                 grade.drop_columns(task["public"], task["leaks"])
+        self.copy = None
         self.running = {}  # key -> attempts that wait for the same execution
         self.done = collections.deque()  # finished, not yet collected
 
@@ -1030,17 +998,26 @@ class Environment:
         """All attempts in flight."""
         return [*self.done, *(a for group in self.running.values() for a in group)]
 
-    def submit(self, a):
-        """Queue an attempt; never blocks. One without plan or code fails at once (Sec. 3.2)."""
-        if not (a.plan and a.code.strip()):
-            self.finish(a, Result("no_code"))
-            return
-        # CHOICE: with `reuse` a program that is in flight already is not run a second time.
-        key = f"{a.task}:{a.code}" if self.cfg.reuse else a.id
-        group = self.running.setdefault(key, [])
-        group.append(a)
-        if len(group) == 1:
-            self.pool.submit(key, a.task, instrument(a.code, self.secret, self.cfg))
+    def submit(self, attempts):
+        """Instrument and queue attempts as they come; one without plan or code fails at once
+        (Sec. 3.2). Does not wait for executions."""
+        mode, copies = self.cfg.instrument, {}
+        if mode == "lm" and self.copy:
+            attempts = list(attempts)  # the frozen LM copies all of them together
+            copies = self.copy({a.id: a.code for a in attempts if a.code.strip()})
+        for a in attempts:
+            if not (a.plan and a.code.strip()):
+                self.finish(a, dict(outcome="no_code"))
+                continue
+            code = a.code
+            if mode != "none":
+                code, a.placed = instrument(code, self.secret, copies.get(a.id))
+            # CHOICE: with `reuse` a program that is in flight already is not run a second time.
+            key = f"{a.task}:{a.code}" if self.cfg.reuse else a.id
+            group = self.running.setdefault(key, [])
+            group.append(a)
+            if len(group) == 1:
+                self.pool.submit(key, a.task, code)
 
     def next(self):
         """The next finished attempt, graded and rewarded; blocks."""
@@ -1054,16 +1031,15 @@ class Environment:
 
     def finish(self, a, result):
         """Grade and reward an executed attempt."""
-        task = self.D[a.task]
-        for field in dataclasses.fields(result):
-            setattr(a, field.name, getattr(result, field.name))
-        if a.outcome == "ok":
+        vars(a).update(result)
+        if a.valid:
+            task = self.D[a.task]
             try:
                 a.score = grade.grade(task, a.submission, task["truth"], task["rows"])
                 a.report = grade.grade(task, a.submission, task["truth"], task["report_rows"])
             except grade.InvalidSubmission as problem:
                 a.outcome, a.reason, a.score = "invalid_submission", str(problem)[:300], None
-        a.R = reward(task, a, self.cfg)
+        a.R = reward(self.D[a.task], a, self.cfg)
         self.done.append(a)
 
     def collect(self, B, i, keep, tick=lambda: None):
@@ -1087,7 +1063,7 @@ class Environment:
             lost["killed"] = self.cancel()
         if lost["infra"] > 0.2 * (len(batch) + lost["infra"]):
             raise UserError(f"{lost['infra']} programs of an iteration failed by no fault of their "
-                            f"own ({' '.join(a.output[-200:].split())}): mend that and run again to go on")
+                            f"own ({a.output[-200:]}): mend that and run again to go on")
         return batch, lost
 
     def cancel(self):
@@ -1095,10 +1071,6 @@ class Environment:
         self.running.clear()
         self.done.clear()
         return self.pool.cancel()
-
-    def close(self):
-        """Kill and clean up everything."""
-        self.pool.close()
 
 # --------------------------------------------------------------------------------------------------
 # §8 Actor, critic, reference (Table 3)
@@ -1184,8 +1156,7 @@ def response_logprobs(lm, ids, attention, mask, cfg):
 
 def response_values(critic, ids, attention, mask, cfg):
     """V(s, a_<t) before each response token: (b, T) float32, zero where masked."""
-    T = mask.shape[1]
-    h = hidden_states(critic.base_model, ids, attention, T)                   # (b, T, d)
+    h = hidden_states(critic.base_model, ids, attention, mask.shape[1])       # (b, T, d)
     return critic.score(h)[..., 0].float() * mask                             # (b, T)
 
 def micro_batches(attempts, rows, size):
@@ -1314,35 +1285,38 @@ def update(learner, x, A, w, returns, cfg, i):
     would blow up mere noise of the critic (CHOICE).
     """
     def critic_loss(rows, ids, attention, mask, c):
-        T = mask.shape[1]
         V = response_values(learner.critic, ids, attention, mask, cfg)        # (b, T)
-        loss = value_loss(V, on(V, x.V, rows, T), on(V, returns, rows, T), cfg)
+        loss = value_loss(V, like(V, x.V, rows), like(V, returns, rows), cfg)
         return (c * loss).sum(), {"value_loss": (c * loss).sum()}
 
     def actor_loss(rows, ids, attention, mask, c):
-        T = mask.shape[1]
         logp, entropy = response_logprobs(learner.actor, ids, attention, mask, cfg)  # (b, T)
-        prox, old = on(logp, x.logp_prox, rows, T), on(logp, x.logp_old, rows, T)
-        loss, clipped = policy_loss(logp, prox, old, on(logp, A, rows, T),
+        prox, old = like(logp, x.logp_prox, rows), like(logp, x.logp_old, rows)
+        loss, clipped = policy_loss(logp, prox, old, like(logp, A, rows),
                                     w[rows].to(logp.device), cfg)             # (b, T)
         total = (c * (loss - cfg.entropy_coef * entropy)).sum()
         k3 = (logp - prox).exp() - 1 - (logp - prox)                          # Schulman's k3
         return total, {"policy_loss": (c * loss).sum(), "entropy": (c * entropy).sum(),
                        "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
 
+    if cfg.lr_end < 1:  # linear in i
+        left = 1 - (1 - cfg.lr_end) * i / max(1, cfg.iterations)
+        learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left
+        learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left
     stats = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "update_kl", "grad_norm"))
-    critic = optimize(learner.critic, learner.critic_opt, critic_loss, x, cfg, cfg.critic_grad_clip)
+    critic = optimize(learner.critic, learner.critic_opt, critic_loss, x.attempts, x.mask, cfg,
+                      cfg.critic_grad_clip)
     stats |= dict(value_loss=critic["value_loss"], critic_grad_norm=critic["grad_norm"])
     if i >= cfg.critic_warmup and x.R.std() > 0:
-        stats |= optimize(learner.actor, learner.actor_opt, actor_loss, x, cfg,
+        stats |= optimize(learner.actor, learner.actor_opt, actor_loss, x.attempts, x.mask, cfg,
                           cfg.actor_grad_clip, cfg.target_kl)
     return stats
 
-def on(like, full, rows, T):
-    """The given rows and first T tokens of a (B, T) tensor, on the device of `like`."""
-    return full[rows, :T].to(like.device)
+def like(tensor, full, rows):
+    """The given rows of a (B, T) tensor, in shape and on the device of `tensor`."""
+    return full[rows, :tensor.shape[1]].to(tensor.device)
 
-def optimize(model, optimizer, loss_function, x, cfg, grad_clip, target_kl=0.0):
+def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, target_kl=0.0):
     """cfg.ppo_epochs passes of mini-batches; gradients add up over micro-batches.
 
     Stops before an epoch once `update_kl` of the last one passed target_kl. Returns the mean over
@@ -1350,22 +1324,22 @@ def optimize(model, optimizer, loss_function, x, cfg, grad_clip, target_kl=0.0):
     """
     totals, steps = collections.Counter(), 0
     for epoch in range(cfg.ppo_epochs):
-        order = torch.randperm(len(x.attempts)).tolist()
+        order = torch.randperm(len(attempts)).tolist()
         kl = 0.0
         for k in range(0, len(order), cfg.mini_batch):
             mini = sorted(order[k:k + cfg.mini_batch])
-            c_all = torch.zeros(x.mask.shape)
-            c_all[mini] = token_weights(x.mask[mini], cfg.loss_agg)           # (B, T)
-            for rows in micro_batches(x.attempts, mini, cfg.micro_batch):
-                ids, attention, mask = padded([x.attempts[j] for j in rows], model.device)
+            c_all = torch.zeros(mask.shape)
+            c_all[mini] = token_weights(mask[mini], cfg.loss_agg)             # (B, T)
+            for rows in micro_batches(attempts, mini, cfg.micro_batch):
+                ids, attention, keep = padded([attempts[j] for j in rows], model.device)
                 with autocast(cfg, model.device):
-                    loss, report = loss_function(rows, ids, attention, mask,
-                                                 on(ids, c_all, rows, mask.shape[1]))
+                    loss, report = loss_function(rows, ids, attention, keep, like(keep, c_all, rows))
                 loss.backward()
                 report = {key: float(value.detach()) for key, value in report.items()}
                 totals.update(report)
                 kl += report.get("update_kl", 0.0)
-            totals["grad_norm"] += float(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+            totals["grad_norm"] += float(norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps += 1
@@ -1379,8 +1353,8 @@ def evaluate(phase, lm, D, parents, sampler, env, maker, run, state):
     """eval_samples programs a task, from scratch or improving `parents`, executed and logged as
     `phase`. Puts {task: summary} into state.evaluation and returns the valid attempts."""
     n = run.cfg.eval_samples * len(D)
-    for a in sampler.sample(draw_prompts(D, parents, n, maker, state, 1.0), lm, state.iteration):
-        env.submit(a)
+    s = draw_prompts(D, parents, n, maker, state, 1.0)
+    env.submit(sampler.sample(s, lm, state.iteration))
     with run.bar(n, phase) as bar:
         done, _ = env.collect(n, state.iteration, keep=True, tick=bar.update)
     run.log_attempts(done, phase)
@@ -1418,10 +1392,6 @@ def mean(values):
     """Mean of an iterable of numbers, None if it is empty."""
     values = list(values)
     return float(sum(values) / len(values)) if values else None
-
-def sign(task):
-    """1 where a higher score is better, else -1."""
-    return 1 if task["higher_is_better"] else -1
 
 def best(task, scores):
     """The best of a list of scores, None if there is none."""
@@ -1534,8 +1504,7 @@ class Run:
                     standin=any(task["standin"] for task in self.D.values()))
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        shown = collections.defaultdict(lambda: float("nan"), {
-            k: v for k, v in row.items() if v is not None})
+        shown = {k: float("nan") if v is None else v for k, v in row.items()}
         tqdm.tqdm.write(
             "{iteration:4d}  valid {valid_share:.2f}  score {valid_score_mean:.4f}  best "
             "{best_score:.4f}  dt {duration_mean:.2f}s  kl {kl:.3f}  distinct {distinct:3d}  sample "
@@ -1554,13 +1523,11 @@ def write(path, content):
 
 def save_policy(folder, lm, tokenizer):
     """Save in Hugging Face format beside `folder`, then take its place."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    new = folder.with_name(folder.name + ".new")
     lm.save_pretrained(new)
     tokenizer.save_pretrained(new)
-    if folder.exists():
-        folder.rename(old)
+    shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 def read_json(path):
     """Parse a JSON file, or say in one line that it is malformed."""
@@ -1604,6 +1571,7 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
         staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.unfinished()),
         distinct=len({a.code for a in batch if a.code}), reused=sum(a.reused for a in batch),
+        lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         tokens=int(x.mask.sum()), **variance_parts(x.R, [a.valid for a in batch]),
         outcomes=dict(collections.Counter(a.outcome for a in batch)),
         **{f"lost_{why}": n if why != "killed" else len(n) for why, n in lost.items()})
@@ -1630,11 +1598,10 @@ def plot(folder):
     for axis, (title, x, ys) in zip(axes.flat, panels):
         table.plot(x=x, y=ys, ax=axis, title=title, grid=True, legend=len(ys) > 1)
     evaluation = folder / "evaluation.json"
-    found = read_json(evaluation) if evaluation.exists() else {}
-    for axis, key in ((axes[0, 0], "best"), (axes[0, 2], "score_mean"), (axes[1, 0], "valid_score_mean"),
-                      (axes[1, 1], "valid_share")):
-        if found.get("untrained", {}).get(key) is not None:
-            axis.axhline(found["untrained"][key], color="gray", ls=":", label="untrained policy")
+    untrained = read_json(evaluation).get("untrained", {}) if evaluation.exists() else {}
+    for axis, key in zip(axes.flat, ("best", "", "score_mean", "valid_score_mean", "valid_share")):
+        if untrained.get(key) is not None:
+            axis.axhline(untrained[key], color="gray", ls=":", label="untrained policy")
             axis.legend()
     figure.suptitle(read_json(folder / "config.json")["task"]
                     + (" - STAND-IN data, not comparable" if rows[-1]["standin"] else ""))
@@ -1649,29 +1616,27 @@ def supervised(lm, tokenizer, pairs, cfg):
     CHOICE: the paper begins with an instruction-tuned model; one trained from nothing needs this
     first. It is trained at temperature 1 and sampled at 0.7, which makes its bugs rarer.
     """
-    cfg, rng = dataclasses.replace(cfg, temperature=1.0), random.Random(cfg.seed)
+    rng = random.Random(cfg.seed)
+    cfg = dataclasses.replace(cfg, temperature=1.0, ppo_epochs=1, mini_batch=cfg.sft_batch,
+                              loss_agg="token")
     data = [Attempt("", "solve", list(tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_dict=True)["input_ids"]), response_ids=[
                 *tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id])
             for chat, response in pairs]
     optimizer = torch.optim.AdamW(lm.parameters(), lr=cfg.sft_lr, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.sft_steps)
+
+    def loss(rows, ids, attention, mask, c):
+        nll = -(c * response_logprobs(lm, ids, attention, mask, cfg)[0]).sum()
+        return nll, {"loss": nll}
+
     bar = tqdm.trange(cfg.sft_steps, desc="supervised fine-tuning", unit=" steps", leave=False,
                       disable=None)
     for _ in bar:
-        chosen, total = rng.sample(data, min(cfg.sft_batch, len(data))), 0.0
-        n = sum(len(a.response_ids) for a in chosen)
-        for rows in micro_batches(chosen, range(len(chosen)), cfg.micro_batch):
-            ids, attention, mask = padded([chosen[k] for k in rows], lm.device)
-            with autocast(cfg, lm.device):
-                loss = -response_logprobs(lm, ids, attention, mask, cfg)[0].sum() / n
-            loss.backward()
-            total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), cfg.actor_grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        chosen = rng.sample(data, min(cfg.sft_batch, len(data)))
+        mask = padded(chosen, "cpu")[2]
+        bar.set_postfix(optimize(lm, optimizer, loss, chosen, mask, cfg, cfg.actor_grad_clip))
         schedule.step()
-        bar.set_postfix(loss=f"{total:.3f}")
 
 def tiny_tokenizer(pairs):
     """Byte-level BPE of 1,300 tokens, trained on the corpus and split at line ends only, so that
@@ -1738,16 +1703,9 @@ def initial_policy(cfg, D):
 
 # --------------------------------------------------------------------------------------------------
 # §15 Command line
-RANGES = (  # flags, least and greatest value
-    ("batch_size mini_batch micro_batch sample_batch ppo_epochs save_every sft_steps sft_batch "
-     "max_prompt_tokens max_response_tokens eval_samples disk_mb output_kb max_procs", 1, 1e9),
-    ("seed iterations max_staleness workers threads critic_warmup", 0, 1e9),
-    ("lr critic_lr sft_lr weight_decay critic_init_std clip value_clip entropy_coef kl_coef target_kl", 0, 1e6), ("p_improve gamma lam", 0, 1), ("report_fold", 0, 0.99),
-    ("temperature top_p max_is_weight actor_grad_clip critic_grad_clip timeout cpu_limit memory_gb", 1e-6, 1e9),
-    ("top_p", 1e-6, 1), ("oversample", 1, 1000), ("top_k", -1, 1e9))
-
 def parse(argv):
     """Command line -> Config. Raises UserError on a flag that is unknown, malformed or impossible."""
+    import pydantic
     import tyro
     asked = re.search(r"--preset[= ](\w+)", " ".join(argv))
     preset = asked.group(1) if asked else "auto"
@@ -1759,16 +1717,15 @@ def parse(argv):
     try:
         with contextlib.redirect_stderr(said):
             cfg = tyro.cli(Config, args=argv, default=default)
+        pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(cfg))
     except SystemExit as end:
         if not end.code:
             raise
         lines = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())  # tyro draws a box
         raise UserError(": ".join([line for line in lines if line][:2]) + " (see --help)")
-    for names, low, high in RANGES:
-        for name in names.split():
-            if not low <= getattr(cfg, name) <= high:  # nan is not either
-                raise UserError(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], not "
-                                f"{getattr(cfg, name)}")
+    except pydantic.ValidationError as problem:
+        first = problem.errors()[0]
+        raise UserError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}")
     for wrong, what in (
             ((cfg.mode == "run") != bool(cfg.program), "--mode run and --program FILE go together"),
             (cfg.mode == "run" and "," in cfg.task, "--mode run takes one task"),
@@ -1789,8 +1746,9 @@ def run_program(cfg, D):
         code = path.read_text()
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"--program {path} cannot be read: {problem}")
-    with contextlib.closing(Environment(cfg, D)) as env:
-        env.submit(Attempt(cfg.task, "solve", [], id=0, plan="given", code=code))
+    env = Environment(cfg, D)
+    with contextlib.closing(env.pool):
+        env.submit([Attempt(cfg.task, "solve", [], id=0, plan="given", code=code)])
         a = env.next()
     submission = path.with_suffix(".submission.csv") if a.submission is not None else None
     if submission:
@@ -1802,13 +1760,14 @@ def run_program(cfg, D):
 def run_training(cfg, D):
     """--mode train and evaluate, from the warm start to the closing table."""
     torch.manual_seed(cfg.seed)
-    run = Run(cfg, D)
-    with contextlib.closing(Environment(cfg, D)) as env:
+    run, env = Run(cfg, D), Environment(cfg, D)
+    with contextlib.closing(env.pool):
         header(cfg, D, env)
         learner = Learner(cfg, initial_policy(cfg, D))
         state = run.load(learner)
         env.executions = state.executions
         sampler, maker = HFSampler(cfg, learner.tokenizer), PromptMaker(cfg, D, learner.tokenizer)
+        env.copy = lambda codes: lm_copies(codes, sampler, learner.ref)
         common = sampler, env, maker, run, state
         if not state.evaluation:
             evaluate("untrained", learner.ref, D, [], *common)

@@ -17,6 +17,7 @@ import random
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -103,8 +104,8 @@ def random_attempts(n, seed=0, vocabulary=250):
 
 
 def script(**what):
-    """A program that FakePool understands: what is to happen stands in its first line."""
-    return f"# {json.dumps(what)}\nx = 1\n"
+    """A program that FakePool understands: what is to happen stands in its first statement."""
+    return f"WHAT = {json.dumps(what)!r}\nx = 1\n"
 
 
 def answers(n=40):
@@ -140,14 +141,13 @@ class FakePool:
         return key, self.run(code)
 
     def run(self, code):
-        first = re.search(r"# (\{.*\})", code)
-        what = json.loads(first.group(1)) if first else {"outcome": "crash"}
-        result = mlerl.Result(what.get("outcome", "ok"))
-        result.dt, result.exit = what.get("dt", 1.0), 0
-        result.output, result.marks = what.get("output", "done\n"), what.get("marks", [])
-        if result.outcome == "ok":
-            result.submission = (what["file"].encode() if "file" in what
-                                 else submission(what.get("noise", 0.5)))
+        first = re.search(r"^WHAT = (.*)$", code, re.MULTILINE)
+        what = json.loads(ast.literal_eval(first[1])) if first else {"outcome": "crash"}
+        result = dict(outcome=what.get("outcome", "ok"), dt=what.get("dt", 1.0), exit=0,
+                      output=what.get("output", "done\n"), marks=what.get("marks", []))
+        if result["outcome"] == "ok":
+            result["submission"] = (what["file"].encode() if "file" in what
+                                    else submission(what.get("noise", 0.5)))
         return result
 
     def cancel(self):
@@ -215,7 +215,7 @@ def attempt(code, id=0, plan="Plan.", **fields):
 def executed(D, code, **changes):
     """One program through Environment."""
     env = environment(D, **changes)
-    env.submit(attempt(code))
+    env.submit([attempt(code)])
     return env.next()
 
 
@@ -900,7 +900,7 @@ def test_bounded_reward_is_monotone_and_any_valid_beats_any_failure(name):
 @pytest.mark.parametrize("code, plan", [("", "Plan."), (" \n", "Plan."), (script(), "")])
 def test_no_plan_or_no_code_fails_completely_without_execution(D, fakes, code, plan):
     env = environment(D)
-    env.submit(attempt(code, plan=plan))
+    env.submit([attempt(code, plan=plan)])
     a = env.next()
     assert (a.outcome, a.R, a.dt) == ("no_code", -10, None)
     assert FakePool.last.submitted == []
@@ -1219,7 +1219,7 @@ def plain_tree(code):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_instrumented_program_differs_only_by_its_prints(name, tmp_path):
     code = PROGRAMS[name]
-    inserted = mlerl.instrument(code, SECRET, config())
+    inserted = mlerl.instrument(code, SECRET)[0]
     assert plain_tree(inserted) == plain_tree(code)
     before, after = run_python(code, tmp_path), run_python(inserted, tmp_path)
     assert before[0] == after[0] == 0, after[2]
@@ -1234,7 +1234,7 @@ def test_instrumented_program_differs_only_by_its_prints(name, tmp_path):
     "multi-line strings": [0, 2, 4], "unicode": [0, 1, 4, 3],
     "comment behind": [0, 1, 2, 4], "future": [0, 1, 2, 4], "future last": [0], "empty": []}.items())
 def test_markers_appear_in_order_after_their_operation(name, expected, tmp_path):
-    inserted = mlerl.instrument(PROGRAMS[name], SECRET, config())
+    inserted = mlerl.instrument(PROGRAMS[name], SECRET)[0]
     said = marks_of(run_python(inserted, tmp_path)[1])
     seen = list(dict.fromkeys(next(m for m in MARKERS if s.startswith(m)) for s in said))
     missing = [MARKERS[k] for k in expected if MARKERS[k] not in seen]
@@ -1246,10 +1246,10 @@ def test_markers_appear_in_order_after_their_operation(name, expected, tmp_path)
 
 
 def test_losses_are_printed_with_their_value_and_only_if_computed(tmp_path):
-    said = marks_of(run_python(mlerl.instrument(ORDINARY, SECRET, config()), tmp_path)[1])
+    said = marks_of(run_python(mlerl.instrument(ORDINARY, SECRET)[0], tmp_path)[1])
     assert "training loss: 0.5" in said and "testing loss: 0.5" in said
     without = "\n".join(line for line in ORDINARY.split("\n") if "_auc" not in line)
-    said = marks_of(run_python(mlerl.instrument(without, SECRET, config()), tmp_path)[1])
+    said = marks_of(run_python(mlerl.instrument(without, SECRET)[0], tmp_path)[1])
     assert said and not any("loss" in s for s in said)
 
 
@@ -1258,11 +1258,12 @@ def test_losses_are_printed_with_their_value_and_only_if_computed(tmp_path):
 def test_unparsable_text_is_returned_unchanged(code):
     with pytest.raises((SyntaxError, ValueError, RecursionError, MemoryError)):
         ast.parse(code)
-    assert mlerl.instrument(code, SECRET, config()) == code
+    assert mlerl.instrument(code, SECRET)[0] == code
 
 
-def test_instrument_none_changes_nothing():
-    assert mlerl.instrument(ORDINARY, SECRET, config(instrument="none")) == ORDINARY
+def test_instrument_none_changes_nothing(D, fakes):
+    environment(D, instrument="none").submit([attempt(ORDINARY)])
+    assert FakePool.last.submitted[0][1] == ORDINARY
 
 
 def test_prints_come_up_to_where_a_program_raises_and_the_ladder_is_strict(D, tmp_path):
@@ -1271,7 +1272,7 @@ def test_prints_come_up_to_where_a_program_raises_and_the_ladder_is_strict(D, tm
         "import os", "train = read", "model = ", "model.fit", "train_auc", "valid_auc", "p = ")]
     for k in [*stages, len(lines)]:  # fail before each stage in turn
         code = "\n".join([*lines[:k], "raise RuntimeError", *lines[k:]])
-        status, output, _ = run_python(mlerl.instrument(code, SECRET, config()), tmp_path)
+        status, output, _ = run_python(mlerl.instrument(code, SECRET)[0], tmp_path)
         assert status == 1
         a = attempt(code, outcome="crash", marks=marks_of(output))
         earned.append([mlerl.reward(D[TASK], a, config(reward=r)) for r in ("paper", "bounded")])
@@ -1282,7 +1283,7 @@ def test_prints_come_up_to_where_a_program_raises_and_the_ladder_is_strict(D, tm
 
 def test_pool_runs_the_instrumented_program_and_the_attempt_keeps_the_original(D, fakes):
     env, code = environment(D), ORDINARY
-    env.submit(attempt(code))
+    env.submit([attempt(code)])
     (_, submitted), a = FakePool.last.submitted[0], env.next()
     assert SECRET in submitted and plain_tree(submitted) == plain_tree(code)
     assert a.code == code and SECRET not in a.output
@@ -1404,7 +1405,7 @@ def test_tasks_are_drawn_evenly_and_improved_with_their_own_solutions(D, fakes, 
 # --------------------------------------------------------------------------------------------------
 def submit_all(env, codes, versions=None):
     for k, code in enumerate(codes):
-        env.submit(attempt(code, id=k, version=versions[k] if versions else 0))
+        env.submit([attempt(code, id=k, version=versions[k] if versions else 0)])
 
 
 def test_collect_takes_B_and_leaves_the_rest_in_flight(D, fakes):
@@ -1475,7 +1476,7 @@ def parts(policy, D, folder, sampler=None, seed=0, **changes):
 
 def finish(run, env):
     """Release the folder's lock, as the end of the process does."""
-    env.close()
+    env.pool.close()
     for value in vars(run).values():
         if hasattr(value, "close"):
             value.close()
@@ -1671,7 +1672,7 @@ def test_best_keeps_the_best_program_submission_and_score(fakes, D, policy, tmp_
     *_, env, _, run, _ = parts(policy, D, tmp_path / "run")
     codes = [script(noise=0.9, n=1), script(noise=0.2, n=2), script(outcome="crash"), script(noise=1.0)]
     for k, code in enumerate(codes):
-        env.submit(attempt(code, id=k))
+        env.submit([attempt(code, id=k)])
         run.log_attempts([env.next()], "train")
     finish(run, env)
     scores = [a["score"] for a in lines(tmp_path / "run", "attempts.jsonl") if a["score"] is not None]
@@ -2212,7 +2213,7 @@ def run_real(real_pool, code):
     pool.submit("one", TASK, code)
     key, result = pool.wait()
     assert key == "one"
-    return result
+    return types.SimpleNamespace(**{"submission": None, "marks": [], **result})
 
 
 WRITE = "open('submission.csv', 'w').write('id,x\\n1,0\\n')\n"
