@@ -35,9 +35,9 @@ Contents
 """
 from __future__ import annotations
 
-import ast, atexit, base64, collections, contextlib, copy, ctypes, dataclasses, errno, fcntl
-import gc, glob, hashlib, importlib, inspect, io, itertools, json, math, mmap, os, pathlib, queue
-import random, re, resource, runpy, secrets, select, shutil, signal, socket, stat, struct
+import ast, atexit, base64, collections, concurrent.futures, contextlib, copy, ctypes, dataclasses
+import errno, fcntl, gc, glob, hashlib, importlib, inspect, io, itertools, json, math, os, pathlib
+import queue, random, re, resource, secrets, select, shutil, signal, socket, stat, struct
 import subprocess, sys, tempfile, threading, time, types, weakref
 from typing import Annotated, Literal
 
@@ -63,8 +63,7 @@ def import_libraries():
 class UserError(ValueError):
     """What the user can put right, in one line that says what is wrong and what to do."""
 
-# --------------------------------------------------------------------------------------------------
-# §1 Config and Attempt (Table 3)
+# §1 Config and Attempt (Table 3) ------------------------------------------------------------------
 Count, Index = Annotated[int, Interval(ge=1, le=1e9)], Annotated[int, Interval(ge=0, le=1e9)]
 Positive, Size = Annotated[float, Interval(gt=0, le=1e9)], Annotated[float, Interval(ge=0, le=1e9)]
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -74,8 +73,7 @@ class Config:
     """Every hyperparameter and option. Defaults are the paper's (Table 3); `--preset tiny` changes
     those listed in PRESETS. A flag given on the command line overrides both."""
 
-    # What to do
-    task: str = "random-acts-of-pizza"  # name in tasks.json or a JSON file; several with commas; all
+    task: str = "random-acts-of-pizza"  # in tasks.json, or a JSON file; several with commas; all
     mode: Literal["train", "evaluate", "run", "plot"] = "train"  # what to do
     preset: Literal["auto", "tiny", "paper"] = "auto"  # auto: paper with a GPU, tiny without
     run: str = ""  # run folder; the same command again resumes it (default: runs/TASK-PRESET-sSEED)
@@ -85,7 +83,6 @@ class Config:
     seed: Index = 0  # seed of everything random
     # Model
     model: str = "Qwen/Qwen2.5-3B-Instruct"  # name or folder, or "tiny" (Table 3)
-    policy: str = ""  # --mode evaluate: folder of a trained policy, also for tasks it has not seen
     sft: str = ""  # supervised fine-tuning first: JSON lines with "prompt" and "response"
     sft_steps: Count = 300  # steps of supervised fine-tuning (CHOICE: the paper has none)
     sft_lr: Size = 1e-5  # learning rate of supervised fine-tuning, cosine to 0 (CHOICE)
@@ -95,8 +92,8 @@ class Config:
     # Algorithm 1
     iterations: Index = 100  # N; "total_epochs" (Table 3)
     batch_size: Count = 128  # B, executions an update (Table 3)
-    oversample: Annotated[float, Interval(ge=1, le=1000)] = 2.0  # m: m * B in flight (CHOICE: no value)
-    collect: Literal["carry", "first", "wait"] = "carry"  # the unfinished (m-1)B (CHOICE, see train)
+    oversample: Annotated[float, Interval(ge=1, le=1000)] = 2.0  # m; m * B in flight (CHOICE)
+    collect: Literal["carry", "first", "wait"] = "carry"  # the unfinished (m-1)B (CHOICE: train)
     max_staleness: Index = 8  # updates; older samples are dropped (CHOICE)
     p_improve: Share = 0.5  # probability of an improvement prompt (Sec. 3.3)
     # Sampling
@@ -138,17 +135,14 @@ class Config:
     workers: Index = 0  # programs at once; 0: one a core
     timeout: Positive = 600.0  # wall seconds a program (CHOICE)
     cpu_limit: Positive = 1200.0  # CPU seconds a program (CHOICE)
-    memory_gb: Positive = 8.0  # GiB a program (CHOICE)
+    memory_gb: Positive = 8.0  # GiB a process of a program (CHOICE)
     disk_mb: Count = 1024  # MiB that a program may write (CHOICE)
     output_kb: Count = 64  # KiB of terminal output kept, head and tail (CHOICE)
     max_procs: Count = 256  # processes and threads of a program (CHOICE)
     threads: Index = 0  # BLAS threads a program; 0: cores / workers
-    reuse: bool = False  # a program that stands twice in a batch runs once (CHOICE)
     fresh_interpreters: bool = False  # a new interpreter a program instead of a fork server
     unsafe_exec: bool = False  # run although answers or trainer cannot be protected here
     program_gpu: bool = False  # let programs see the GPU
-    python: str = ""  # interpreter for the programs (default: this one)
-    # Evaluation, saving
     eval_samples: Count = 128  # samples of an evaluation (Sec. 4.1)
     save_every: Count = 10  # iterations between checkpoints (CHOICE)
 
@@ -158,10 +152,10 @@ PRESETS = {
     "paper": {},
     "tiny": dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
                  sft_steps=400, sft_lr=2e-3, iterations=50, batch_size=64, mini_batch=32,
-                 micro_batch=8, max_prompt_tokens=384, max_response_tokens=256, instrument="ast",
+                 max_prompt_tokens=384, max_response_tokens=256, instrument="ast",
                  lr=2e-4, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
                  reward="bounded", duration="none", timeout=20.0, cpu_limit=15.0, memory_gb=2.0,
-                 disk_mb=64, reuse=True),
+                 disk_mb=64),
 }
 
 @dataclasses.dataclass
@@ -181,13 +175,12 @@ class Attempt:
     plan: str = ""
     code: str = ""  # as the policy wrote it, without instrumentation
     # Execution
-    outcome: str = ""  # no_code syntax import crash timeout memory no_submission invalid_submission ok
+    placed: str = ""  # who placed the milestone prints: lm, ast
+    outcome: str = ""  # ok no_code syntax import crash timeout memory (no|invalid)_submission infra
     dt: float | None = None  # wall seconds of the program alone; None: nothing was run
     exit: int | None = None  # exit status, or minus the signal
     output: str = ""  # stdout and stderr, head and tail, without the secret
-    placed: str = ""  # who placed the milestone prints: lm, ast
-    marks: list[str] = dataclasses.field(default_factory=list)  # what those prints said
-    reused: bool = False  # result of an identical program of the same batch
+    marks: list[str] = dataclasses.field(default_factory=list)  # what the inserted prints said
     submission: bytes | None = None  # dropped once graded and logged
     # Reward
     score: float | None = None  # raw score on the rows that are rewarded, None if invalid
@@ -199,10 +192,9 @@ class Attempt:
     def valid(self):
         return self.outcome == "ok"
 
-# --------------------------------------------------------------------------------------------------
-# §2 Algorithm 1
-def train(cfg, D, learner, sampler, env, maker, run, state):
-    """Algorithm 1 with a PPO update. `state` is a checkpoint's (§12) or a new one.
+# §2 Algorithm 1 -----------------------------------------------------------------------------------
+def train(cfg, D, learner, sampler, env, maker, run):
+    """Algorithm 1 with a PPO update. `run` is new, or holds a checkpoint's state (§12).
 
     What becomes of the (m-1)B unfinished executions decides how duration biases the gradient.
     CHOICE: "carry" lets them run on into later batches (nothing is lost, samples are a few updates
@@ -210,13 +202,13 @@ def train(cfg, D, learner, sampler, env, maker, run, state):
     """
     N, B, m = cfg.iterations, cfg.batch_size, cfg.oversample
     wanted, keep = dict(carry=(m * B, True), first=(m * B, False), wait=(B, True))[cfg.collect]
-    D_prev = state.D_prev
-    env.submit(state.in_flight)  # a checkpoint holds actions, not their processes: run them again
-    bar = run.bar(N * B, "training", state.iteration * B)
-    for i in range(state.iteration, N):                                       # l. 1
+    D_prev = run.D_prev
+    env.submit(run.in_flight)  # a checkpoint holds actions, not their processes: run them again
+    bar = run.bar(N * B, "training", run.iteration * B)
+    for i in range(run.iteration, N):                                         # l. 1
         began = time.monotonic()
         n = round(wanted) - len(env.unfinished())
-        s = draw_prompts(D, D_prev, n, maker, state, cfg.p_improve)           # l. 2: D u D_prev
+        s = draw_prompts(D, D_prev, n, maker, run, cfg.p_improve)             # l. 2: D u D_prev
         a = sampler.sample(s, learner.actor, version=i)                       # l. 3: a ~ pi(.|s)
         env.submit(a)                                                         # l. 4: env-inst(a)
         sampled = time.monotonic()
@@ -226,28 +218,27 @@ def train(cfg, D, learner, sampler, env, maker, run, state):
         r = shape_rewards(x.R, x.logp_old, x.logp_ref, x.mask, cfg.kl_coef)
         A, returns = gae(r, x.V, x.mask, cfg.gamma, cfg.lam)
         A = whiten(A, x.mask, [a.task for a in batch])                        # l. 6: A(s, a)
-        w = duration_weights([a.dt for a in batch], cfg)                      # l. 6: dt / mean dt (Eq. 3)
+        w = duration_weights([a.dt for a in batch], cfg)                      # l. 6: Eq. 3
         stats = update(learner, x, A, w, returns, cfg, i)                     # l. 7
-        D_prev = [a for a in batch if a.valid]                                # l. 8: replaced each time
+        D_prev = [a for a in batch if a.valid]                                # l. 8: a new buffer
 
-        state.iteration, state.D_prev, state.in_flight = i + 1, D_prev, env.unfinished()
-        state.executions = env.executions
+        run.iteration, run.D_prev, run.in_flight = i + 1, D_prev, env.unfinished()
+        run.executions = env.executions
         row = iteration_metrics(i, batch, lost, x, w, returns, stats, env)
-        run.log(batch, state, row | dict(sample_s=sampled - began, execute_s=executed - sampled,
-                                         update_s=time.monotonic() - executed))
+        run.log(batch, row | dict(sample_s=sampled - began, execute_s=executed - sampled,
+                                  update_s=time.monotonic() - executed))
         if (i + 1) % cfg.save_every == 0 or i + 1 == N:
-            run.save(learner, state)
+            run.save(learner)
     bar.close()
 
-# --------------------------------------------------------------------------------------------------
-# §3 Tasks and prompts (Alg. 1 l. 2 and 8, Sec. 3.3)
+# §3 Tasks and prompts (Alg. 1 l. 2 and 8, Sec. 3.3) -----------------------------------------------
 def open_tasks(cfg):
     """D: {name: record of tasks.json}, to which its data is added: `standin` (bool), `public` and
     `private` folder, `truth` (answers, a table), `rows` and `report_rows` (bool masks over the
     answers: those that are rewarded, those that are reported). Raises UserError."""
     D = {}
-    try:
-        for name in grade.load_tasks() if cfg.task == "all" else cfg.task.split(","):
+    for name in grade.load_tasks() if cfg.task == "all" else cfg.task.split(","):
+        try:
             task = dict(grade.load_task(name.strip()))
             task["standin"] = grade.ensure_data(task, cfg.data_dir, cfg.raw or None)
             task["public"], task["private"] = grade.paths(task, cfg.data_dir)
@@ -255,74 +246,69 @@ def open_tasks(cfg):
             fold = np.random.default_rng(cfg.seed).random(len(task["truth"])) < cfg.report_fold
             task["rows"] = ~fold
             task["report_rows"] = fold if cfg.report_fold else ~fold  # 0: the paper's protocol
-            if not (task["rows"].any() and task["report_rows"].any()):
-                raise UserError(f"--report-fold {cfg.report_fold} leaves no row to reward or report")
             for rows in (task["rows"], task["report_rows"]):  # can they be graded at all?
                 with contextlib.suppress(grade.InvalidSubmission):
                     grade.grade(task, task["public"] / task["sample"], task["truth"], rows)
-            D[task["name"]] = task
-    except grade.DataError as problem:
-        raise UserError(problem)
+        except grade.DataError as problem:
+            raise UserError(f"{problem} (--report-fold {cfg.report_fold})")
+        D[task["name"]] = task
     return D
+
+def encode(tokenizer, chat):
+    """Token ids of chat messages, up to where the response begins."""
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True,
+                                              return_dict=True)["input_ids"])
 
 class PromptMaker:
     """Turns tasks and earlier attempts into token ids that fit `max_prompt_tokens`."""
 
     def __init__(self, cfg, D, tokenizer):
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.packages = prompts.importable(cfg.python or sys.executable)
-        self.short = cfg.model == "tiny"  # CHOICE: short prompts, a plan of one sentence
-        self.skipped = 0  # improvement candidates whose code alone was too long
+        self.cfg, self.tokenizer, self.skipped = cfg, tokenizer, 0  # skipped: too long to improve
+        self.packages, widths = prompts.importable(sys.executable), (200, 80, 30, 0)
         self.snippets = {(name, width): prompts.snippet(task, width) if width else ""
-                         for name, task in D.items() for width in (200, 80, 30, 0)}
-        self.solve_ids = {name: self.fit(prompts.solve, [(task, width) for width in (200, 80, 30, 0)])
+                         for name, task in D.items() for width in widths}
+        self.solve_ids = {name: self.fit(prompts.solve, [(task, width) for width in widths])
                           for name, task in D.items()}
-        for name, ids in self.solve_ids.items():
-            if not ids:
-                raise UserError(f"the prompt of {name} does not fit: raise --max-prompt-tokens "
-                                f"(now {cfg.max_prompt_tokens})")
+        if long := [name for name, ids in self.solve_ids.items() if not ids]:
+            raise UserError(f"the prompt of {long[0]} does not fit: raise --max-prompt-tokens")
 
     def fit(self, build, ladder):
-        """Token ids, up to where the response begins, of the first prompt that fits, else []."""
-        for task, width, *parts in ladder:
+        """Token ids of the first prompt on the ladder that fits, else []."""
+        for task, width, *parts in ladder:  # CHOICE: the tiny policy gets short prompts
             chat = build(task, self.snippets[task["name"], width], self.packages, *parts,
-                         short=self.short)
-            ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True,
-                                                     return_dict=True)["input_ids"]
+                         short=self.cfg.model == "tiny")
+            ids = encode(self.tokenizer, chat)
             if len(ids) <= self.cfg.max_prompt_tokens:
-                return list(ids)
+                return ids
         return []
 
     def improve(self, task, a):
         """Prompt to improve attempt a (App. C.2); from scratch if a's code alone does not fit.
         CHOICE: over budget go the snippet, then the head of the output, then the goal."""
-        def parts(record, width, tail):
-            return record, width, a.plan, a.code, a.output[-tail:] if tail else ""
-        bare = dict(task, goal="")
         ids = self.fit(prompts.improve, [
-            parts(task, 80, 1500), parts(task, 0, 1500), parts(task, 0, 600), parts(task, 0, 200),
-            parts(bare, 0, 200), parts(bare, 0, 0)])
+            (task | goal, width, a.plan, a.code, a.output[-tail:] if tail else "")
+            for goal, width, tail in (({}, 80, 1500), ({}, 0, 1500), ({}, 0, 600), ({}, 0, 200),
+                                      ({"goal": ""}, 0, 200), ({"goal": ""}, 0, 0))])
         self.skipped += not ids
         return (Attempt(task["name"], "improve", ids, parent=a.id) if ids else
                 Attempt(task["name"], "solve", self.solve_ids[task["name"]]))
 
-def draw_prompts(D, D_prev, n, maker, state, p_improve):
+def draw_prompts(D, D_prev, n, maker, run, p_improve):
     """n prompts s from D u D_prev (Alg. 1 l. 2): tasks evenly, improve with p_improve (Sec. 3.3).
     CHOICE: while D_prev has nothing of a task, its prompts are from scratch."""
     names, drawn = list(D), []
-    for k in range(state.drawn, state.drawn + max(0, n)):
+    for k in range(run.drawn, run.drawn + max(0, n)):
         task = D[names[k % len(names)]]
         candidates = [a for a in D_prev if a.task == task["name"]]
-        if candidates and state.rng.random() < p_improve:
-            drawn.append(maker.improve(task, state.rng.choice(candidates)))
+        if candidates and run.rng.random() < p_improve:
+            drawn.append(maker.improve(task, run.rng.choice(candidates)))
         else:
             drawn.append(Attempt(task["name"], "solve", maker.solve_ids[task["name"]]))
         drawn[-1].id = k
-    state.drawn += len(drawn)
+    run.drawn += len(drawn)
     return drawn
 
-# --------------------------------------------------------------------------------------------------
-# §4 Sampling (Alg. 1 l. 3)
+# §4 Sampling (Alg. 1 l. 3) ------------------------------------------------------------------------
 class HFSampler:
     """Samples with transformers. A sampler has one method, `sample`, that yields each attempt as
     soon as its response is there: programs start to run before sampling ends."""
@@ -360,8 +346,7 @@ def parse_response(text):
     block = re.search(r"^```\w*[ \t]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return (text[:block.start()].strip(), block.group(1)) if block else (text.strip(), "")
 
-# --------------------------------------------------------------------------------------------------
-# §5 Environment instrumentation (Alg. 1 l. 4, Sec. 3.2, App. C.3)
+# §5 Environment instrumentation (Alg. 1 l. 4, Sec. 3.2, App. C.3) ---------------------------------
 MODEL = re.compile(r"Classifier|Regress|Ridge|Lasso|NB$|SV[CR]$|SearchCV|Neighbors|[Mm]odel|Net$|"
                    r"Sequential|[Pp]ipeline|Tree|Forest|Boost")
 LOAD = {"read_csv", "read_json", "read_parquet", "load", "loads", "open"}
@@ -442,47 +427,43 @@ def instrument(code, secret, copied=None):
     decides places only, and if it changed anything but prints, rules decide instead. What does not
     parse comes back as it is.
     """
+    found, by_lm, added = [], False, collections.defaultdict(list)
     try:
         tree = ast.parse(OWN_PRINT.sub(r"\1pass", code) if copied else code)
-        found, by_lm = [], False
         with contextlib.suppress(SyntaxError, ValueError):
             by_lm = copied and proposed(tree, ast.parse(copied), found)
-        if ast.dump(tree) != ast.dump(ast.parse(ast.unparse(tree))):
-            return code, ""
+        for marker, node, loss in found if by_lm else milestones(tree):
+            words = f"'{secret} {marker}'" + (f", {loss}" if loss else "")
+            added[node] += ast.parse(f"try: print({words})\nexcept Exception: pass").body
+        for parent in list(ast.walk(tree)):
+            for field, value in ast.iter_fields(parent):
+                if isinstance(value, list):
+                    setattr(parent, field, [x for old in value for x in (old, *added.get(old, ()))])
+        program = ast.unparse(tree) + "\n"
+        same = ast.dump(ast.parse(program)) == ast.dump(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return code, ""
-    added = collections.defaultdict(list)
-    for marker, node, loss in found if by_lm else milestones(tree):
-        words = f"'{secret} {marker}'" + (f", {loss}" if loss else "")
-        added[node] += ast.parse(f"try: print({words})\nexcept Exception: pass").body
-    for parent in list(ast.walk(tree)):
-        for field, value in ast.iter_fields(parent):
-            if isinstance(value, list):
-                setattr(parent, field, [x for old in value for x in (old, *added.get(old, ()))])
-    return ast.unparse(tree) + "\n", "lm" if by_lm else "ast"
+    return (program, "lm" if by_lm else "ast") if same else (code, "")
 
 def lm_copies(codes, sampler, lm):
-    """{id: the frozen LM's copy of a program, with the progress prints it was asked for} (App. C.3).
-    The policy's own prints of the same words are hidden from it."""
-    asked = []
-    for k, code in codes.items():
-        chat = prompts.instrument(OWN_PRINT.sub(r"\1pass", code))
-        ids = sampler.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        asked.append(Attempt("", "instrument", list(ids["input_ids"]), id=k))
+    """{id: the frozen LM's copy of a program with the prints it was asked for} (App. C.3). The
+    policy's own prints of the same words are hidden from it."""
+    asked = [Attempt("", "instrument", encode(sampler.tokenizer, prompts.instrument(
+        OWN_PRINT.sub(r"\1pass", code))), id=k) for k, code in codes.items()]
     return {a.id: a.code for a in sampler.sample(asked, lm, -1)}
 
-# --------------------------------------------------------------------------------------------------
-# §6 Execution (Alg. 1 l. 4-5)
+# §6 Execution (Alg. 1 l. 4-5) ---------------------------------------------------------------------
 #
 # Programs are hostile: in search of reward they find the answers if they can. The trainer, which
-# alone knows the answers, hands programs to workers. A worker locks itself into a box for good,
-# forks one program at a time, watches it, kills all that it leaves, and empties the box. Walls:
+# alone knows the answers, hands programs to workers. A worker is locked into a box for good, forks
+# one program at a time, watches it, kills all that it leaves, and empties the box. The walls:
 #   user id     one a slot, where the trainer is root: files, signals, limits of others
 #   namespaces  the worker is process 1 of its own process ids, network and System V memory, with a
 #               /dev/shm of its own; everything but the slot's folder is mounted read-only
 #   Landlock    a list of folders that may be read or written; no TCP, signals or tracing outward
 # Not stopped: kernel bugs, side channels, what a program grabs between two looks (LOOK), UNIX
 # sockets in the file system, and marks forged by reading its own source: at most 0.7 over -10.
+# Without namespaces a program can kill its own worker, which is `infra`, never a reward.
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
          ["user id"], ["Landlock"], [])  # best first; the last two only with --unsafe-exec
 LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds between looks; files; bytes
@@ -503,12 +484,12 @@ def libc(name, *args):
 def private_mounts(slot):
     """In an own mount namespace: only the slot's folder can be written, /dev/shm is new, and of
     /run, where the sockets of the system's services are, nothing is left."""
-    slot, bind, recursive = os.fsencode(slot), 1 << 12, 0x8000
-    libc("mount", slot, slot, None, bind, None)
-    for path, on, off, flags in ((b"/", 1, 0, recursive), (slot, 0, 1, 0)):  # read-only on or off
-        libc("syscall", 442, -100, path, flags, struct.pack("QQQQ", on, off, 0, 0), 32)
-    for path in (b"/dev/shm", b"/run"):
-        libc("mount", b"tmpfs", path, b"tmpfs", 2 | 4, b"size=256m")  # no setuid, no devices
+    path, bind, recursive = os.fsencode(slot), 1 << 12, 0x8000
+    libc("mount", path, path, None, bind, None)
+    for where, on, off, flags in ((b"/", 1, 0, recursive), (path, 0, 1, 0)):  # read-only on or off
+        libc("syscall", 442, -100, where, flags, struct.pack("QQQQ", on, off, 0, 0), 32)
+    for where in (b"/dev/shm", b"/run"):
+        libc("mount", b"tmpfs", where, b"tmpfs", 2 | 4, b"size=256m")  # no setuid, no devices
     os.chdir(slot)  # what was mounted there just now
 
 def landlock(readable, writable):
@@ -528,23 +509,25 @@ def landlock(readable, writable):
     libc("syscall", restrict, ruleset, 0)
 
 def enter_box(job, slot):
-    """Put the walls around this worker, for good; `unshare` has made its namespaces (see Slot)."""
+    """Complete the walls around this worker, for good (Slot.open began), and import what programs
+    import: imports only, since forks would miss the threads of computations."""
     if LINUX:
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")  # killed before the trainer is
-        libc("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: nothing gets out of sight
-        libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no gain through setuid programs
-    if "namespaces" in job.walls:
+    if "namespaces" in job.walls and "user id" not in job.walls:
         private_mounts(slot)
+    if LINUX:
+        libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
+        for option, value in ((36, 1), (38, 1), (4, 0)):  # subreaper: nothing gets out of sight;
+            libc("prctl", option, value, 0, 0, 0)  # no_new_privs; not dumpable: nor traceable
     if "Landlock" in job.walls:
-        devices = ["/dev/" + name for name in ("null", "zero", "full", "random", "urandom")]
-        devices += glob.glob("/dev/nvidia*") if job.program_gpu else []
-        devices += ["/dev/shm"] if len(job.walls) > 1 else []  # else it is everybody's
-        system = "/usr /bin /lib /lib64 /proc /sys/devices/system /sys/fs/cgroup".split()
-        system += ["/etc/" + name for name in ("alternatives", "fonts", "group", "ld.so.cache",
-                                               "localtime", "nsswitch.conf", "passwd")]
-        landlock([*system, *map(os.path.realpath, filter(None, sys.path)), sys.prefix,
-                  sys.base_prefix, job.public], [str(slot), *devices])
-    for name in PRELOAD if job.forked else []:  # imports only: forks would miss its threads
+        files = """/dev/null /dev/zero /dev/full /dev/random /dev/urandom /usr /bin /lib /lib64
+            /proc /sys/devices/system /sys/fs/cgroup /etc/alternatives /etc/fonts /etc/group
+            /etc/passwd /etc/ld.so.cache /etc/localtime /etc/nsswitch.conf""".split()
+        gpus = glob.glob("/dev/nvidia*") if job.program_gpu else []
+        shared = ["/dev/shm"] if len(job.walls) > 1 else []  # else it is everybody's
+        landlock([*files, *map(os.path.realpath, filter(None, sys.path)), sys.prefix,
+                  sys.base_prefix, job.public], [str(slot), *files[:5], *gpus, *shared])
+    for name in PRELOAD if job.forked else []:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     for finalizer in list(weakref.finalize._registry):
@@ -552,8 +535,8 @@ def enter_box(job, slot):
     gc.collect()
     gc.freeze()  # the collector must not touch, hence copy, pages that forks share
 
-def lower_rights(job, work, output):
-    """Prepare this forked process for the program: files, limits, user, capabilities."""
+def become_program(job, work, output):
+    """Run program.py in this forked process as `python -u program.py` would. Never returns."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
@@ -567,51 +550,45 @@ def lower_rights(job, work, output):
     for name, limit in dict(CORE=0, CPU=math.ceil(job.cpu_limit), FSIZE=job.disk_mb << 20,
                             NOFILE=1024, DATA=int(job.memory_gb * 2 ** 30), NPROC=procs).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
-    if "user id" in job.walls:
-        os.setgroups([])
-        os.setresgid(*[job.uid] * 3)
-        os.setresuid(*[job.uid] * 3)
     if LINUX:
-        libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
-        libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc again
-
-def become_program():
-    """Run ./program.py in this forked process as `python -u program.py` would. Never returns."""
+        libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc
+    if not job.forked:
+        os.execv(sys.executable, [sys.executable, "-u", "program.py"])
     for module in ("numpy.random", "torch.random"):
         if module in sys.modules:  # else all forks would draw the same numbers
             sys.modules[module].seed()
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(work))
     sys.argv = ["program.py"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")  # as pickling expects
-    main.__file__ = os.path.abspath("program.py")
+    main.__file__ = str(work / "program.py")
+    run_main(compile((work / "program.py").read_bytes(), main.__file__, "exec", dont_inherit=True),
+             main.__dict__)
+
+def run_main(code, namespace):
+    """Execute a program's code and end this process as the interpreter would."""
+    status = 1
     try:
-        exec(compile(pathlib.Path("program.py").read_bytes(), main.__file__, "exec",
-                     dont_inherit=True), main.__dict__)
-        code = 0
+        exec(code, namespace)
+        status = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if code and not isinstance(end.code, int):
-            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        print(end.code if status and status is not end.code else "", end="", file=sys.stderr)
     except BaseException as error:  # printed without the frame of this function
-        code = 1
         sys.excepthook(type(error), error.with_traceback(error.__traceback__.tb_next), None)
-    threading._shutdown()  # and the rest of what the interpreter does at its end
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
-    main.__dict__.clear()  # closes, so writes, forgotten files
+    namespace.clear()  # closes, so writes, forgotten files
     gc.collect()
-    os._exit(code & 255)
+    os._exit(status & 255)
 
 def kill_all(job, first):
     """Kill and reap all that a program left, at one stroke: a sweep would miss what forks."""
-    if "user id" not in job.walls and os.getpid() != 1:
-        with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError):
+        if "user id" in job.walls or os.getpid() == 1:
+            os.kill(-1, signal.SIGKILL)  # all in this box but ourselves
+        else:
             os.killpg(first, signal.SIGKILL)
-    elif os.fork() == 0:
-        with contextlib.suppress(OSError):
-            os.setresuid(*[job.uid if "user id" in job.walls else os.getuid()] * 3)
-            os.kill(-1, signal.SIGKILL)  # all that this user can reach but itself and process 1
-        os._exit(0)
     patience = time.monotonic() + 20
     while time.monotonic() < patience:
         try:  # orphans are our children, since we are process 1 or a subreaper
@@ -622,26 +599,20 @@ def kill_all(job, first):
     raise OSError("processes of a program survive SIGKILL")
 
 def too_much(job, slot):
-    """"memory" or "crash" where processes or files exceed the limits, else ""."""
-    used, procs, files = 0, 0, []
-    for proc in filter(str.isdigit, os.listdir("/proc") if LINUX else []):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, TypeError):  # just ended
-            if os.getpid() == 1 != int(proc) or os.stat(f"/proc/{proc}").st_uid == job.uid:
-                procs += 1
-                text = pathlib.Path(f"/proc/{proc}/smaps_rollup").read_text()
-                used += int(re.search(r"Pss: +(\d+)", text)[1]) << 10  # shared pages are divided
+    """Whether files, or processes in an own namespace, exceed the limits or cannot be counted."""
+    files = []
     try:
         for folder, names, more in os.walk(slot):
             files += [os.path.join(folder, name) for name in names + more]
             if len(files) > MAX_FILES:
-                return "crash"
+                return True
         size = sum(os.lstat(file).st_blocks * 512 for file in files)
     except FileNotFoundError:  # removed meanwhile
         size = 0
     except (OSError, RecursionError):  # closed to us, or too deep
-        return "crash"
-    flood = size > job.disk_mb << 20 or procs > job.max_procs
-    return "memory" if used > job.memory_gb * 2 ** 30 else "crash" * flood
+        return True
+    procs = sum(map(str.isdigit, os.listdir("/proc"))) if os.getpid() == 1 else 0
+    return size > job.disk_mb << 20 or procs > job.max_procs
 
 def watch(job, pid, slot, wake):
     """Wait until the program's first process ends or must end: (exit status or None, why)."""
@@ -649,7 +620,7 @@ def watch(job, pid, slot, wake):
     end, look = now + job.timeout, now + LOOK
     while now < end:
         ready = select.select([wake, 0], [], [], max(0, min(look, end) - now))[0]
-        if 0 in ready:  # the trainer hung up
+        if 0 in ready:  # the trainer wants it no more, or is gone
             return None, "cancelled"
         ended = wake in ready and os.read(wake, 512)  # a child: the program, or an orphan of it
         while ended:
@@ -658,8 +629,8 @@ def watch(job, pid, slot, wake):
                 return os.waitstatus_to_exitcode(status), ""
         now = time.monotonic()
         if now >= look:
-            if why := too_much(job, slot):
-                return None, why
+            if too_much(job, slot):
+                return None, "crash"
             look = time.monotonic() + LOOK
     return None, "timeout"
 
@@ -671,18 +642,16 @@ def execute(job, slot, wake):
     (work / "tmp").mkdir(parents=True)
     (work / "program.py").write_bytes(job.code.encode(errors="replace"))
     (work / job.task).symlink_to(pathlib.Path(job.public, job.task))
-    for path in (work, work / "tmp", work / "program.py") if "user id" in job.walls else ():
-        os.chown(path, job.uid, job.uid)
     spent, began = os.times(), time.monotonic()
     with open(log, "ab") as output:
         pid = os.fork()
         if pid == 0:
-            with contextlib.suppress(BaseException):
-                lower_rights(job, work, output.fileno())
-                if not job.forked:
-                    os.execv(sys.executable, [sys.executable, "-u", "program.py"])
-                become_program()
-            os._exit(77)
+            try:
+                become_program(job, work, output.fileno())
+            except BaseException as error:  # a syntax error, most likely
+                sys.excepthook(type(error), error.with_traceback(None), None)
+            finally:
+                os._exit(77)
     try:
         status, why = watch(job, pid, slot, wake)
         dt = job.timeout if why == "timeout" else time.monotonic() - began
@@ -731,17 +700,17 @@ def read_submission(path):
 def clean(job, slot):
     """Empty the box of what a program left, also closed folders, or thousands of them nested."""
     try:
-        os.unlink(slot / "output")
         shutil.rmtree(slot / "work")
+        os.unlink(slot / "output")
     except (OSError, RecursionError):
         subprocess.run("chmod -R u+rwX .; rm -rf ./*", shell=True, stderr=subprocess.DEVNULL)
     for entry in os.scandir("/dev/shm") if len(job.walls) > 1 else []:
-        if os.getpid() == 1 or entry.stat(follow_symlinks=False).st_uid == job.uid:
+        if entry.stat(follow_symlinks=False).st_uid == os.getuid():
             subprocess.run(["rm", "-rf", entry.path])
 
 def worker():
     """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
-    stdout, which is the same socket. It kills its program when the trainer hangs up."""
+    stdout, which is the same socket. An empty line means: kill the program that runs."""
     slot, trainer, boxed = pathlib.Path.cwd(), os.getppid(), False
     del sys.path[0]  # this file's folder, in which data and runs may lie: closed to programs
     os.umask(0o077)
@@ -749,7 +718,7 @@ def worker():
     os.set_blocking(wake_end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler nothing would wake us
     signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
-    for line in sys.stdin.buffer:
+    for line in filter(bytes.strip, sys.stdin.buffer):
         job = types.SimpleNamespace(**json.loads(line))
         try:
             boxed = boxed or not enter_box(job, slot)
@@ -757,33 +726,33 @@ def worker():
         except OSError as error:
             result = dict(outcome="infra", output=str(error))
         clean(job, slot)
-        with contextlib.suppress(OSError):  # the trainer hung up
+        with contextlib.suppress(OSError):  # the trainer is gone
             sys.stdout.buffer.write(json.dumps(result).encode() + b"\n")
             sys.stdout.buffer.flush()
     if os.getppid() != trainer:  # it was killed, so we tidy up
         subprocess.run(["rm", "-rf", slot.parent], stderr=subprocess.DEVNULL)
 
-# What walls are to withstand: a claim, and the attack by a program of our own that tests it.
-CLAIMS = {
-    "private answers cannot be read": "for path in {answers!r}: attack(os.open, path, os.O_RDONLY)",
-    "the trainer cannot be stopped or looked into":
-        "attack(os.kill, {trainer}, 0); attack(open, '/proc/{trainer}/environ'); "
-        "attack(resource.prlimit, {trainer}, resource.RLIMIT_CORE)",
-    "nothing outside its folder can be changed": "attack(os.utime, {victim!r}); "
-                                                 "attack(os.remove, {victim!r})",
-    "home and run folder cannot be listed": "for path in {home!r}: attack(os.listdir, path)",
-    "no network": "attack(socket.create_connection, ('127.0.0.1', {port}), 1); "
-                  "attack(socket.socket(type=socket.SOCK_DGRAM).sendto, b'', ('127.0.0.1', 9))",
-}
+# Attacks that the walls are to withstand, by a program of our own; the first two decide.
+CLAIMS = ("private answers", "the trainer", "files outside its folder", "home", "network")
 PROBE = """
 import os, resource, socket
-def attack(act, *args):
+def attack(claim, act, *args):
     try:
         act(*args)
-        print("possible", k)
+        print("broken", claim)
     except OSError:
         pass
-{attacks}
+for path in {answers!r}:
+    attack(0, os.open, path, os.O_RDONLY)
+attack(1, os.kill, {pid}, 0)
+attack(1, open, "/proc/{pid}/environ")
+attack(1, resource.prlimit, {pid}, resource.RLIMIT_CORE)
+attack(2, os.utime, {file!r})
+attack(2, os.remove, {file!r})
+for path in {home!r}:
+    attack(3, os.listdir, path)
+attack(4, socket.create_connection, ("127.0.0.1", {port}), 1)
+attack(4, socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))
 import pandas, sklearn.linear_model
 sklearn.linear_model.LogisticRegression().fit([[0.0], [1.0]], [0, 1])
 open("submission.csv", "w").close()
@@ -792,8 +761,8 @@ open("submission.csv", "w").close()
 class Slot:
     """A worker process and our end of the socket to it; started when needed, also after a death."""
 
-    def __init__(self, folder, command, env):
-        self.folder, self.command, self.env = folder, command, env
+    def __init__(self, folder, uid, env):
+        self.folder, self.uid, self.env = folder, uid, env
         self.process, self.began = None, None  # None: no program runs
 
     def run(self, job):
@@ -816,16 +785,23 @@ class Slot:
         return result
 
     def open(self, walls):
-        """Start the worker, in a clean environment and where possible in its own namespaces."""
+        """Start the worker, in a clean environment, and as far as commands can in its box."""
         subprocess.run(["rm", "-rf", self.folder])  # of a worker that died
-        self.folder.mkdir(mode=0o711)
-        unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
-        unshare += [] if "user id" in walls else ["--map-root-user"]
+        self.folder.mkdir(mode=0o700)
+        command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
+        if "user id" in walls:
+            os.chown(self.folder, self.uid, self.uid)
+            user = f"setpriv --reuid {self.uid} --regid {self.uid} --clear-groups".split()
+            subprocess.run([*user, "sh", "-c", "kill -9 -1"])  # all that a dead worker left
+            command = user + command
+        if "namespaces" in walls:
+            unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
+            command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
         self.socket, theirs = socket.socketpair()
         self.file = self.socket.makefile("rwb")
         self.process = subprocess.Popen(
-            [*unshare * ("namespaces" in walls), *self.command], stdin=theirs, stdout=theirs,
-            stderr=subprocess.DEVNULL, cwd=self.folder, env=self.env, start_new_session=True)
+            command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, cwd=self.folder,
+            env=self.env, start_new_session=True)
         theirs.close()
 
     def close(self):
@@ -839,8 +815,8 @@ class Slot:
                 self.process.kill()
 
 class Pool:
-    """Runs programs, cfg.workers at a time. A thread a slot hands jobs to the slot's worker, so
-    that workers go on while the trainer samples or updates.
+    """Runs programs, cfg.workers at a time, in threads that hand them to slots: workers go on while
+    the trainer samples or updates.
 
     public: {task: folder that programs see}, staged as a copy; private: folders they must not see.
     `report` says in words what was found to hold. Raises UserError where the answers or the trainer
@@ -852,15 +828,18 @@ class Pool:
         count = cfg.workers or cores
         threads = str(cfg.threads or max(1, cores // count))
         env = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
-        env |= dict(LANG="C.UTF-8", GLIBC_TUNABLES="glibc.malloc.hugetlb=1", PYTHONHASHSEED="0",  # sets print alike in all workers
+        env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
+                    GLIBC_TUNABLES="glibc.malloc.hugetlb=1",  # forks are faster
                     PYTHONUSERBASE=os.path.expanduser("~/.local"))
         env |= {f"{name}_NUM_THREADS": threads for name in ("OMP", "OPENBLAS", "MKL")}
         env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-        command = [cfg.python or sys.executable, "-u", os.path.abspath(__file__), "_worker"]
-        self.jobs, self.results = queue.SimpleQueue(), queue.SimpleQueue()
-        self.numbers, self.wanted = itertools.count(), {}  # job number -> key
-        self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
-        self.slots = [Slot(self.stage / f"slot{k}", command, env) for k in range(count)]
+        self.stage, self.free = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-")), queue.SimpleQueue()
+        uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
+        self.slots = [Slot(self.stage / f"slot{k}", uid + k, env) for k in range(count)]
+        for slot in self.slots:
+            self.free.put(slot)
+        self.threads, self.futures = concurrent.futures.ThreadPoolExecutor(count), {}  # -> key
+        self.round = 0  # number of cancellations
         try:
             self.stage.chmod(0o711)
             for task, folder in public.items():
@@ -869,9 +848,6 @@ class Pool:
             limits = "timeout cpu_limit memory_gb disk_mb output_kb max_procs program_gpu".split()
             self.job = {name: getattr(cfg, name) for name in limits}
             self.job |= dict(secret=secret, public=str(self.stage / "public"))
-            uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
-            for k, slot in enumerate(self.slots):
-                threading.Thread(target=self.serve, args=(slot, uid + k), daemon=True).start()
             self.report = [f"{count} at once, {threads} thread(s) each",
                            *self.choose(cfg, next(iter(public)), private)]
         except BaseException:
@@ -881,78 +857,78 @@ class Pool:
     def choose(self, cfg, task, private):
         """Take the first walls that withstand PROBE, with forked interpreters if those work; says
         in words what holds."""
-        victim, server = self.stage / "victim", socket.create_server(("127.0.0.1", 0))
-        hidden = [cfg.raw] if cfg.raw else []
-        for folder in private:
-            hidden += [folder, *pathlib.Path(folder).rglob("*")]
-        names = dict(answers=list(map(str, hidden)), trainer=os.getpid(), victim=str(victim),
-                     home=[os.path.expanduser("~"), os.path.abspath(cfg.run)],
-                     port=server.getsockname()[1])
-        attacks = "".join(f"k = {k}\n{a.format(**names)}\n" for k, a in enumerate(CLAIMS.values()))
+        file, server = self.stage / "file", socket.create_server(("127.0.0.1", 0))
+        answers = [str(p) for d in private for p in (d, *pathlib.Path(d).rglob("*"))]
+        code = PROBE.format(answers=answers + [cfg.raw] * bool(cfg.raw), pid=os.getpid(),
+                            file=str(file), port=server.getsockname()[1],
+                            home=[os.path.expanduser("~"), os.path.abspath(cfg.run)])
         usual = self.job.copy()
         for walls, forked in itertools.product(WALLS, (not cfg.fresh_interpreters, False)):
             if "user id" in walls and os.getuid():
                 continue
             for slot in self.slots:
                 slot.close()
-            victim.touch()
+            file.touch()
             self.job |= dict(walls=walls, forked=forked, timeout=120, cpu_limit=60, memory_gb=4)
-            self.submit("probe", task, PROBE.format(attacks=attacks))
+            self.submit("probe", task, code)
             result = self.wait()[1]
             self.job |= usual
             if result["outcome"] == "timeout":  # says nothing about walls, and must not weaken them
                 break
-            failed = {int(k) for k in re.findall(r"possible (\d)", result["output"])}
-            if result["outcome"] == "ok" and (cfg.unsafe_exec or not failed & {0, 1}):
+            broken = {int(k) for k in re.findall(r"broken (\d)", result["output"])}
+            if result["outcome"] == "ok" and (cfg.unsafe_exec or not broken & {0, 1}):
                 server.close()
                 return ["forked with the usual imports" if forked else "fresh interpreters",
-                        f"enforced ({', '.join(walls) or 'nothing'}): "
-                        + "; ".join(c for k, c in enumerate(CLAIMS) if k not in failed),
-                        *(f"NOT enforced here: {c}" for k, c in enumerate(CLAIMS) if k in failed)]
+                        f"walls: {', '.join(walls) or 'none'}",
+                        *(f"{'NOT out' if k in broken else 'out'} of their reach: {claim}"
+                          for k, claim in enumerate(CLAIMS))]
         raise UserError(f"programs cannot run safely here ({result['outcome']}: "
                         f"{result['output'][-200:]}): run as root with Python outside of a closed "
                         "home, or where user namespaces are allowed, on a Linux with Landlock; or "
                         "accept the risk with --unsafe-exec")
 
-    def serve(self, slot, uid):
-        """Thread of a slot: one job after another; a second time where it failed by our fault."""
-        while (job := self.jobs.get()) is not None:
-            result, tries = dict(outcome="infra"), 0
-            while result["outcome"] == "infra" and tries < 2 and job["number"] in self.wanted:
-                result, tries = slot.run(job | dict(uid=uid)), tries + 1
-            self.results.put((job["number"], result))
+    def run(self, job, round):
+        """In a thread: one program, a second time where it failed by our fault."""
+        slot = self.free.get()
+        try:
+            result = slot.run(job)
+            again = result["outcome"] == "infra" and round == self.round
+            return slot.run(job) if again else result
+        finally:
+            self.free.put(slot)
 
     def submit(self, key, task, code):
         """Queue a program under a key of the caller's; never blocks."""
-        number = next(self.numbers)
-        self.wanted[number] = key
-        self.jobs.put(self.job | dict(number=number, task=task, code=code))
+        job = self.job | dict(task=task, code=code)
+        self.futures[self.threads.submit(self.run, job, self.round)] = key
 
     def wait(self):
         """(key, fields of Attempt) of the next program that ends; blocks."""
-        while True:
-            number, result = self.results.get()
-            if number in self.wanted:  # else it was cancelled
-                return self.wanted.pop(number), result
+        done = concurrent.futures.wait(self.futures, return_when="FIRST_COMPLETED").done
+        first = next(future for future in self.futures if future in done)
+        return self.futures.pop(first), first.result()
 
     def cancel(self):
         """Forget all programs, kill those that run; returns the seconds that each of those ran."""
-        self.wanted.clear()
+        self.round += 1
+        for future in self.futures:
+            future.cancel()
+        self.futures.clear()
         running = [(slot, slot.began) for slot in self.slots if slot.began]
         for slot, _ in running:
-            slot.close()
+            with contextlib.suppress(OSError):
+                slot.socket.sendall(b"\n")
         return [time.monotonic() - began for _, began in running]
 
     def close(self):
         """End all workers and what they run."""
-        self.wanted.clear()
+        self.cancel()
         for slot in self.slots:
-            self.jobs.put(None)
             slot.close()
+        self.threads.shutdown()
         subprocess.run(["rm", "-rf", self.stage])
 
-# --------------------------------------------------------------------------------------------------
-# §7 Reward (Alg. 1 l. 5, Sec. 3.2)
+# §7 Reward (Alg. 1 l. 5, Sec. 3.2) ----------------------------------------------------------------
 FAIL, MARK = -10.0, 0.1  # a total failure; each milestone it reached nevertheless (Sec. 3.2)
 
 def sign(task):
@@ -963,24 +939,22 @@ def reward(task, a, cfg):
     """R(s, env-inst(a)) of an executed attempt.
 
     paper: -10 + 0.1 a milestone, or the score, negated where lower is better (Sec. 3.2).
-    bounded (CHOICE): (-1 + 0.1 a milestone) / 4, or (1 + tanh((s - sample) / |bronze - sample|)) / 2
-    of the signed score s, so in (0, 1): any valid program beats any failure, and what a failure
-    costs is about the way from the sample submission to a bronze medal: scores are not drowned.
+    bounded (CHOICE): (-1 + 0.1 a milestone) / 4, or for the signed score s of a valid program
+    (1 + tanh((s - sample) / |bronze - sample|)) / 2: it beats any failure, and scores are not
+    drowned. Where the sample submission has no score, the median stands in.
     """
     marks = sum(any(re.search(p, m) for m in a.marks) for _, p in prompts.MILESTONES)
-    bounded = cfg.reward == "bounded"
+    if cfg.reward == "paper":
+        return sign(task) * a.score if a.valid else FAIL + MARK * marks
     if not a.valid:
-        return (-1.0 + MARK * marks) / 4 if bounded else FAIL + MARK * marks
-    if not bounded:
-        return sign(task) * a.score
-    sample = task["sample_score"]
-    sample = task["median"] if sample is None else sample  # none: the sample submission is refused
+        return (-1.0 + MARK * marks) / 4
+    sample = task["median"] if task["sample_score"] is None else task["sample_score"]
     far = abs(task["bronze"] - sample) or 1.0
     return 0.5 + 0.5 * math.tanh(sign(task) * (a.score - sample) / far)
 
 class Environment:
     """P(s, env-inst(a)) of Alg. 1 l. 4: instruments, executes, grades and rewards attempts.
-    `copy` is what asks the frozen LM for instrumented copies (lm_copies), once it is loaded."""
+    `copies` asks the frozen LM for instrumented copies (lm_copies), once it is loaded."""
 
     def __init__(self, cfg, D):
         self.cfg, self.D, self.secret, self.executions = cfg, D, secrets.token_hex(8), 0
@@ -990,43 +964,35 @@ class Environment:
             task["public"] = self.pool.stage / "public" / name / "prepared" / "public"
             if cfg.drop_leaks:
                 grade.drop_columns(task["public"], task["leaks"])
-        self.copy = None
-        self.running = {}  # key -> attempts that wait for the same execution
-        self.done = collections.deque()  # finished, not yet collected
+        self.copies = lambda codes: {}
+        self.running, self.done = {}, collections.deque()  # id -> attempt; finished, not collected
 
     def unfinished(self):
         """All attempts in flight."""
-        return [*self.done, *(a for group in self.running.values() for a in group)]
+        return [*self.done, *self.running.values()]
 
     def submit(self, attempts):
         """Instrument and queue attempts as they come; one without plan or code fails at once
         (Sec. 3.2). Does not wait for executions."""
-        mode, copies = self.cfg.instrument, {}
-        if mode == "lm" and self.copy:
-            attempts = list(attempts)  # the frozen LM copies all of them together
-            copies = self.copy({a.id: a.code for a in attempts if a.code.strip()})
+        mode, copied = self.cfg.instrument, {}
+        if mode == "lm":  # the frozen LM copies all of them together
+            attempts = list(attempts)
+            copied = self.copies({a.id: a.code for a in attempts if a.code.strip()})
         for a in attempts:
-            if not (a.plan and a.code.strip()):
+            if a.plan and a.code.strip():
+                code, a.placed = ((a.code, "") if mode == "none" else
+                                  instrument(a.code, self.secret, copied.get(a.id)))
+                self.running[a.id] = a
+                self.pool.submit(a.id, a.task, code)
+            else:
                 self.finish(a, dict(outcome="no_code"))
-                continue
-            code = a.code
-            if mode != "none":
-                code, a.placed = instrument(code, self.secret, copies.get(a.id))
-            # CHOICE: with `reuse` a program that is in flight already is not run a second time.
-            key = f"{a.task}:{a.code}" if self.cfg.reuse else a.id
-            group = self.running.setdefault(key, [])
-            group.append(a)
-            if len(group) == 1:
-                self.pool.submit(key, a.task, code)
 
     def next(self):
         """The next finished attempt, graded and rewarded; blocks."""
-        while not self.done:
+        if not self.done:
             key, result = self.pool.wait()
             self.executions += 1
-            for k, a in enumerate(self.running.pop(key)):
-                self.finish(a, result)
-                a.reused = k > 0
+            self.finish(self.running.pop(key), result)
         return self.done.popleft()
 
     def finish(self, a, result):
@@ -1045,7 +1011,7 @@ class Environment:
     def collect(self, B, i, keep, tick=lambda: None):
         """Wait until B executions complete (Alg. 1 l. 5). Returns (batch, lost).
 
-        lost: {"infra": n, "stale": n, "killed": [seconds each had run]}: attempts that failed by our
+        lost: {"infra": n, "stale": n, "killed": [seconds each ran]}: attempts that failed by our
         fault or are staler than max_staleness updates are left out and never rewarded; without
         `keep` those still in flight are killed. `tick` is called for each attempt of the batch.
         """
@@ -1063,7 +1029,7 @@ class Environment:
             lost["killed"] = self.cancel()
         if lost["infra"] > 0.2 * (len(batch) + lost["infra"]):
             raise UserError(f"{lost['infra']} programs of an iteration failed by no fault of their "
-                            f"own ({a.output[-200:]}): mend that and run again to go on")
+                            f"own ({a.output[-200:].strip()}): mend that and run again to go on")
         return batch, lost
 
     def cancel(self):
@@ -1072,13 +1038,12 @@ class Environment:
         self.done.clear()
         return self.pool.cancel()
 
-# --------------------------------------------------------------------------------------------------
-# §8 Actor, critic, reference (Table 3)
+# §8 Actor, critic, reference (Table 3) ------------------------------------------------------------
 CHUNK = 4096  # tokens whose logits exist at one time
 
 class Learner:
-    """Actor (a causal LM), critic (a separate model of the same checkpoint with a scalar head) and
-    their optimizers (Table 3); ref, the frozen initial policy; tokenizer. Float32 master weights."""
+    """Actor (a causal LM), critic (a separate model of the same checkpoint, scalar head) and their
+    optimizers (Table 3); ref, the frozen initial policy; tokenizer. Float32 master weights."""
 
     def __init__(self, cfg, folder):
         self.actor, self.tokenizer = load_policy(folder)
@@ -1178,8 +1143,7 @@ def score_tokens(model, attempts, cfg, function=response_logprobs):
         mask[rows, :keep.shape[1]] = keep.cpu()
     return out, mask
 
-# --------------------------------------------------------------------------------------------------
-# §9 Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3)
+# §9 Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3) -----------------------------------
 @dataclasses.dataclass
 class Batch:
     """The tensors of one update. All (B, T) float32 on the CPU, zero where `mask` is False."""
@@ -1276,8 +1240,7 @@ def value_loss(V, V_old, returns, cfg):
     near = V_old + (V - V_old).clamp(-cfg.value_clip, cfg.value_clip)         # (b, T)
     return 0.5 * torch.maximum((V - returns) ** 2, (near - returns) ** 2)
 
-# --------------------------------------------------------------------------------------------------
-# §10 Update (Alg. 1 l. 7)
+# §10 Update (Alg. 1 l. 7) -------------------------------------------------------------------------
 def update(learner, x, A, w, returns, cfg, i):
     """PPO epochs over the batch, critic then actor (Table 3). Returns statistics, batch means.
 
@@ -1333,13 +1296,14 @@ def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, ta
             for rows in micro_batches(attempts, mini, cfg.micro_batch):
                 ids, attention, keep = padded([attempts[j] for j in rows], model.device)
                 with autocast(cfg, model.device):
-                    loss, report = loss_function(rows, ids, attention, keep, like(keep, c_all, rows))
+                    c = like(keep, c_all, rows)
+                    loss, report = loss_function(rows, ids, attention, keep, c)
                 loss.backward()
                 report = {key: float(value.detach()) for key, value in report.items()}
                 totals.update(report)
                 kl += report.get("update_kl", 0.0)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-            totals["grad_norm"] += float(norm)
+            totals["grad_norm"] += float(
+                torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps += 1
@@ -1347,19 +1311,18 @@ def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, ta
             break
     return {key: value / steps for key, value in totals.items()}
 
-# --------------------------------------------------------------------------------------------------
-# §11 Evaluation (Sec. 3.3, Sec. 4.1)
-def evaluate(phase, lm, D, parents, sampler, env, maker, run, state):
+# §11 Evaluation (Sec. 3.3, Sec. 4.1) --------------------------------------------------------------
+def evaluate(phase, lm, D, parents, sampler, env, maker, run):
     """eval_samples programs a task, from scratch or improving `parents`, executed and logged as
-    `phase`. Puts {task: summary} into state.evaluation and returns the valid attempts."""
+    `phase`. Puts {task: summary} into run.evaluation and returns the valid attempts."""
     n = run.cfg.eval_samples * len(D)
-    s = draw_prompts(D, parents, n, maker, state, 1.0)
-    env.submit(sampler.sample(s, lm, state.iteration))
+    env.submit(sampler.sample(draw_prompts(D, parents, n, maker, run, 1.0), lm, run.iteration))
     with run.bar(n, phase) as bar:
-        done, _ = env.collect(n, state.iteration, keep=True, tick=bar.update)
+        done, _ = env.collect(n, run.iteration, keep=True, tick=bar.update)
+    run.executions = env.executions
     run.log_attempts(done, phase)
-    state.evaluation[phase] = {
-        name: summarize(task, [a for a in done if a.task == name]) for name, task in D.items()}
+    run.evaluation[phase] = {name: summarize(task, [a for a in done if a.task == name])
+                             for name, task in D.items()}
     return [a for a in done if a.valid]
 
 def summarize(task, attempts):
@@ -1374,16 +1337,16 @@ def summarize(task, attempts):
                 best_clean=best(task, [a.report for a in clean]),
                 distinct=len({a.code for a in attempts if a.code}))
 
-def write_evaluation(D, run, state, maker):
+def write_evaluation(D, run, maker):
     """evaluation.json: the three summaries of each task, their best score and its medal. The better
     of scratch and improve counts (App. C.2). One task: its record alone, else {task: record}."""
     records = {}
     for name, task in D.items():
-        parts = {phase: tables[name] for phase, tables in state.evaluation.items()}
+        parts = {phase: tables[name] for phase, tables in run.evaluation.items()}
         top = best(task, [part["best"] for phase, part in parts.items() if phase != "untrained"])
-        records[name] = dict(
-            parts, best=top, medal=None if top is None else grade.medal(task, top),
-            executions=state.executions, paper=task["paper"], standin=task["standin"],
+        records[name] = parts | dict(
+            best=top, medal=None if top is None else grade.medal(task, top),
+            executions=run.executions, paper=task["paper"], standin=task["standin"],
             report_fold=run.cfg.report_fold, prompts_skipped=maker.skipped)
     write(run.folder / "evaluation.json",
           json.dumps(records if len(D) > 1 else records[name], indent=1))
@@ -1397,72 +1360,65 @@ def best(task, scores):
     """The best of a list of scores, None if there is none."""
     return max((s for s in scores if s is not None), key=lambda s: sign(task) * s, default=None)
 
-# --------------------------------------------------------------------------------------------------
-# §12 Run folder, checkpoint, resume
-@dataclasses.dataclass
-class State:
-    """What a run remembers between iterations besides weights and optimizers."""
-
-    rng: random.Random  # of the prompts
-    iteration: int = 0
-    D_prev: list[Attempt] = dataclasses.field(default_factory=list)
-    in_flight: list[Attempt] = dataclasses.field(default_factory=list)
-    drawn: int = 0  # prompts so far; the next attempt's id
-    executions: int = 0
-    wall_s: float = 0.0  # seconds up to the last checkpoint
-    best: dict = dataclasses.field(default_factory=dict)  # task -> best score in training
-    evaluation: dict = dataclasses.field(default_factory=dict)  # phase -> task -> summary
+# §12 Run folder, checkpoint, resume ---------------------------------------------------------------
+LOGS, MODELS = ("metrics.jsonl", "attempts.jsonl"), ("actor", "critic", "actor_opt", "critic_opt")
+FREE = ("run", "mode", "program", "iterations", "workers", "eval_samples", "save_every", "raw",
+        "data_dir", "unsafe_exec")  # flags that may differ when a run resumes
 
 class Run:
-    """A run folder. The two logs only grow and are cut back to the last checkpoint on resume (which
-    also drops a half-written line); every other file is replaced as a whole."""
-
-    LOGS, MODELS = ("metrics.jsonl", "attempts.jsonl"), ("actor", "critic", "actor_opt", "critic_opt")
-    FREE = ("run", "mode", "program", "iterations", "workers", "eval_samples", "save_every", "raw",
-            "data_dir", "unsafe_exec")  # flags that may differ when a run resumes
+    """A run's folder and state. The two logs only grow and are cut back to the last checkpoint on
+    resume, which also drops a half-written line; every other file is replaced as a whole."""
 
     def __init__(self, cfg, D):
         self.folder, self.cfg, self.D = pathlib.Path(cfg.run), cfg, D
+        self.start, self.rng = time.monotonic(), random.Random(cfg.seed)
+        self.iteration, self.D_prev, self.in_flight = 0, [], []
+        self.drawn = 0  # prompts so far; the next attempt's id
+        self.executions, self.wall_s = 0, 0.0  # up to the last checkpoint
+        self.best, self.evaluation = {}, {}  # task -> best score in training; phase -> summaries
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock, self.start = open(self.folder / ".lock", "w"), time.monotonic()
+        self.lock = open(self.folder / ".lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{cfg.run} is in use by another process: wait, or give another --run")
         new, path = dataclasses.asdict(cfg), self.folder / "config.json"
         old = read_json(path) if path.exists() else new
-        changed = [f"{k} was {old.get(k)}, now {new[k]}" for k in new
-                   if k not in self.FREE and old.get(k) != new[k]]
-        if changed:
-            raise UserError(f"{cfg.run} was begun with other flags ({'; '.join(changed)}): give the "
-                            "same ones, or another --run")
+        if changed := [k for k in new if k not in FREE and old.get(k) != new[k]]:
+            raise UserError(f"{cfg.run} was begun with other values of {', '.join(changed)}: give "
+                            "the same, or another --run")
         write(path, json.dumps(new, indent=1))
         write(self.folder / "mlerl.py", pathlib.Path(__file__).read_bytes())
 
+    def state(self):
+        """What a checkpoint holds besides weights, optimizers and torch's generator."""
+        return {name: getattr(self, name) for name in (
+            "rng", "iteration", "D_prev", "in_flight", "drawn", "executions", "wall_s", "best",
+            "evaluation")}
+
     def load(self, learner):
-        """Load the last checkpoint into the learner and return its State, or a new State."""
-        path = self.folder / "checkpoint.pt"
-        sizes, state = dict.fromkeys(self.LOGS, 0), State(random.Random(self.cfg.seed))
+        """Go back to the last checkpoint, if there is one."""
+        path, sizes = self.folder / "checkpoint.pt", dict.fromkeys(LOGS, 0)
         if path.exists():
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=False)
             except Exception as problem:  # torch raises what pickle and zipfile raise
                 raise UserError(f"{path} cannot be read ({problem}): move it away to begin anew")
-            for name in self.MODELS:
+            for name in MODELS:
                 getattr(learner, name).load_state_dict(saved[name])
             torch.set_rng_state(saved["torch_rng"])
-            sizes, state = saved["log_sizes"], State(**saved["state"])
+            vars(self).update(saved["state"])
+            sizes = saved["log_sizes"]
         for log, size in sizes.items():
             with open(self.folder / log, "ab") as file:
                 file.truncate(size)
-        return state
 
-    def save(self, learner, state):
+    def save(self, learner):
         """Write checkpoint.pt, and the policy in Hugging Face format."""
-        state.wall_s, self.start = self.wall(state), time.monotonic()
-        saved = {name: getattr(learner, name).state_dict() for name in self.MODELS}
-        saved |= dict(state=vars(state), torch_rng=torch.get_rng_state(),
-                      log_sizes={log: (self.folder / log).stat().st_size for log in self.LOGS})
+        self.wall_s, self.start = self.wall(), time.monotonic()
+        saved = {name: getattr(learner, name).state_dict() for name in MODELS}
+        saved |= dict(state=self.state(), torch_rng=torch.get_rng_state(),
+                      log_sizes={log: (self.folder / log).stat().st_size for log in LOGS})
         new = self.folder / "checkpoint.new"
         try:
             torch.save(saved, new)
@@ -1472,17 +1428,17 @@ class Run:
         os.replace(new, self.folder / "checkpoint.pt")
         save_policy(self.folder / "policy", learner.actor, learner.tokenizer)
 
-    def wall(self, state):
+    def wall(self):
         """Seconds that this run has taken so far, earlier processes included."""
-        return state.wall_s + time.monotonic() - self.start
+        return self.wall_s + time.monotonic() - self.start
 
     def log_attempts(self, attempts, phase):
-        """Append to attempts.jsonl; keep each task's best program, submission and score in best/."""
+        """Append to attempts.jsonl; keep each task's best program and submission in best/."""
         hidden = ("prompt_ids", "response_ids", "logp", "submission")
         with open(self.folder / "attempts.jsonl", "a") as file:
             for a in attempts:
                 row = {k: v for k, v in vars(a).items() if k not in hidden}
-                file.write(json.dumps(dict(row, phase=phase, tokens=len(a.response_ids))) + "\n")
+                file.write(json.dumps(row | dict(phase=phase, tokens=len(a.response_ids))) + "\n")
         for a in attempts:
             path, task = self.folder / "best" / f"{a.task}.json", self.D[a.task]
             old = read_json(path)["score"] if a.valid and path.exists() else None
@@ -1494,21 +1450,21 @@ class Run:
                                             plan=a.plan, standin=task["standin"])))
             a.submission = None  # no longer needed
 
-    def log(self, batch, state, row):
+    def log(self, batch, row):
         """Log an iteration: its attempts, its line of metrics, its line on the terminal."""
         self.log_attempts(batch, "train")
         for name, task in self.D.items():
             scores = [a.score for a in batch if a.valid and a.task == name]
-            state.best[name] = best(task, [state.best.get(name), *scores])
-        row |= dict(wall_s=self.wall(state), best_score=next(iter(state.best.values())),
+            self.best[name] = best(task, [self.best.get(name), *scores])
+        row |= dict(wall_s=self.wall(), best_score=next(iter(self.best.values())),
                     standin=any(task["standin"] for task in self.D.values()))
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        shown = {k: float("nan") if v is None else v for k, v in row.items()}
         tqdm.tqdm.write(
             "{iteration:4d}  valid {valid_share:.2f}  score {valid_score_mean:.4f}  best "
-            "{best_score:.4f}  dt {duration_mean:.2f}s  kl {kl:.3f}  distinct {distinct:3d}  sample "
-            "{sample_s:.1f}s  execute {execute_s:.1f}s  update {update_s:.1f}s".format_map(shown))
+            "{best_score:.4f}  dt {duration_mean:.2f}s  kl {kl:.3f}  sample {sample_s:.1f}s  "
+            "execute {execute_s:.1f}s  update {update_s:.1f}s".format_map(
+                {k: math.nan if v is None else v for k, v in row.items()}))
 
     def bar(self, total, what, initial=0):
         """A progress bar with rate and time left."""
@@ -1536,19 +1492,18 @@ def read_json(path):
     except ValueError as problem:
         raise UserError(f"{path} is not valid JSON ({problem}): mend it or move it away")
 
-# --------------------------------------------------------------------------------------------------
-# §13 Metrics and figures (Fig. 1, 2, 7-10)
+# §13 Metrics and figures (Fig. 1, 2, 7-10) --------------------------------------------------------
 EDGES = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e9)  # seconds, of the histograms of durations
 
 def variance_parts(R, valid):
     """Shares of Var(R), by the law of total variance, that come from: being valid or not, the
     milestones of failures, the scores of valid programs. R (B,), valid (B,) bool."""
     R, valid = np.asarray(R, float), np.asarray(valid, bool)
-    total = R.var() or 1.0
     score = R[valid].var() * valid.mean() if valid.any() else 0.0
     markers = R[~valid].var() * (~valid).mean() if (~valid).any() else 0.0
-    return dict(variance_valid=float((R.var() - score - markers) / total),
-                variance_markers=float(markers / total), variance_score=float(score / total))
+    parts = dict(variance_valid=R.var() - score - markers, variance_markers=markers,
+                 variance_score=score)
+    return {name: float(part / (R.var() or 1.0)) for name, part in parts.items()}
 
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
     """One line of metrics.jsonl. `durations` are of consumed programs, `durations_sampled` also of
@@ -1570,11 +1525,11 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
         staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.unfinished()),
-        distinct=len({a.code for a in batch if a.code}), reused=sum(a.reused for a in batch),
+        distinct=len({a.code for a in batch if a.code}), tokens=int(x.mask.sum()),
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
-        tokens=int(x.mask.sum()), **variance_parts(x.R, [a.valid for a in batch]),
-        outcomes=dict(collections.Counter(a.outcome for a in batch)),
-        **{f"lost_{why}": n if why != "killed" else len(n) for why, n in lost.items()})
+        **variance_parts(x.R, [a.valid for a in batch]),
+        outcomes=dict(collections.Counter(a.outcome for a in batch)), lost_infra=lost["infra"],
+        lost_stale=lost["stale"], lost_killed=len(lost["killed"]))
 
 def plot(folder):
     """Draw figures/training.png from metrics.jsonl, config.json and evaluation.json alone."""
@@ -1586,30 +1541,29 @@ def plot(folder):
         raise UserError(f"{folder}/metrics.jsonl is empty: nothing to draw yet")
     table = pd.json_normalize(rows, max_level=0).astype({"best_score": float})
     table["hours"] = table.wall_s / 3600
-    panels = [("Best score so far (Fig. 1, 7)", "hours", ["best_score"]),
-              ("Mean execution time, seconds (Fig. 2, 8)", "iteration",
-               ["duration_mean", "duration_sampled_mean"]),
-              ("Mean task score, -10 if invalid (Fig. 9, 10)", "iteration", ["task_score_mean"]),
-              ("Mean score of valid programs", "iteration", ["valid_score_mean"]),
-              ("Share of valid programs", "iteration", ["valid_share"]),
-              ("What the reward's variance comes from", "iteration",
-               ["variance_valid", "variance_markers", "variance_score"])]
-    figure, axes = matplotlib.pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    for axis, (title, x, ys) in zip(axes.flat, panels):
-        table.plot(x=x, y=ys, ax=axis, title=title, grid=True, legend=len(ys) > 1)
     evaluation = folder / "evaluation.json"
     untrained = read_json(evaluation).get("untrained", {}) if evaluation.exists() else {}
-    for axis, key in zip(axes.flat, ("best", "", "score_mean", "valid_score_mean", "valid_share")):
-        if untrained.get(key) is not None:
-            axis.axhline(untrained[key], color="gray", ls=":", label="untrained policy")
-            axis.legend()
+    figure, axes = matplotlib.pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    for axis, (title, x, ys, before) in zip(axes.flat, (
+            ("Best score so far (Fig. 1, 7)", "hours", ["best_score"], "best"),
+            ("Mean execution time, seconds (Fig. 2, 8)", "iteration",
+             ["duration_mean", "duration_sampled_mean"], ""),
+            ("Mean task score, -10 if invalid (Fig. 9, 10)", "iteration", ["task_score_mean"],
+             "score_mean"),
+            ("Mean score of valid programs", "iteration", ["valid_score_mean"], "valid_score_mean"),
+            ("Share of valid programs", "iteration", ["valid_share"], "valid_share"),
+            ("What the reward's variance comes from", "iteration",
+             ["variance_valid", "variance_markers", "variance_score"], ""))):
+        table.plot(x=x, y=ys, ax=axis, title=title, grid=True)
+        if untrained.get(before) is not None:
+            axis.axhline(untrained[before], color="gray", ls=":", label="untrained policy")
+        axis.legend()
     figure.suptitle(read_json(folder / "config.json")["task"]
-                    + (" - STAND-IN data, not comparable" if rows[-1]["standin"] else ""))
+                    + " - STAND-IN data, not comparable" * rows[-1]["standin"])
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(folder / "figures" / "training.png", dpi=110)
 
-# --------------------------------------------------------------------------------------------------
-# §14 Supervised fine-tuning and the tiny policy
+# §14 Supervised fine-tuning and the tiny policy ---------------------------------------------------
 def supervised(lm, tokenizer, pairs, cfg):
     """Fine-tune lm on (chat, response) pairs: AdamW, cosine to 0, loss on response tokens.
 
@@ -1619,8 +1573,7 @@ def supervised(lm, tokenizer, pairs, cfg):
     rng = random.Random(cfg.seed)
     cfg = dataclasses.replace(cfg, temperature=1.0, ppo_epochs=1, mini_batch=cfg.sft_batch,
                               loss_agg="token")
-    data = [Attempt("", "solve", list(tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_dict=True)["input_ids"]), response_ids=[
+    data = [Attempt("", "solve", encode(tokenizer, chat), response_ids=[
                 *tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id])
             for chat, response in pairs]
     optimizer = torch.optim.AdamW(lm.parameters(), lr=cfg.sft_lr, weight_decay=cfg.weight_decay)
@@ -1666,7 +1619,7 @@ def tiny_policy(cfg, D):
     recipe = [str((cfg.sft_steps, cfg.sft_lr, cfg.sft_batch, cfg.seed, sorted(D)))] + [
         inspect.getsource(part) for part in (prompts, supervised, tiny_tokenizer, tiny_policy)]
     name = hashlib.sha256("".join(recipe).encode()).hexdigest()[:16]
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mlerl" / name
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "mlerl", name).expanduser()
     if not folder.exists():
         pairs = [p for task in D.values() for p in prompts.corpus(task, 6000 // len(D), cfg.seed)]
         tokenizer = tiny_tokenizer(pairs)
@@ -1682,38 +1635,36 @@ def tiny_policy(cfg, D):
         save_policy(folder, lm, tokenizer)
     return folder
 
-def read_pairs(path):
-    """(chat, response) pairs of a file with JSON objects {"prompt": ..., "response": ...} as lines."""
-    try:
-        rows = [json.loads(line) for line in open(path)]
-        return [([{"role": "user", "content": "" + r["prompt"]}], "" + r["response"]) for r in rows]
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"--sft {path}: each line must be a JSON object with the texts prompt and "
-                        f"response ({problem})")
-
 def initial_policy(cfg, D):
     """Folder or hub name of the policy that training starts from, fine-tuned first if --sft."""
-    pairs, folder = read_pairs(cfg.sft) if cfg.sft else [], pathlib.Path(cfg.run, "sft")
-    start = tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model
-    if pairs and not folder.exists():
+    start, folder = tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model, cfg.run + "/sft"
+    if not cfg.sft:
+        return start
+    try:
+        rows = [json.loads(line) for line in open(cfg.sft)]
+        pairs = [([{"role": "user", "content": "" + row["prompt"]}], "" + row["response"])
+                 for row in rows]
+        pairs[0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
+        raise UserError(f"--sft {cfg.sft}: need lines that are JSON objects with the texts prompt "
+                        f"and response ({problem})")
+    if not os.path.exists(folder):
         lm, tokenizer = load_policy(start)
         supervised(lm, tokenizer, pairs, cfg)
-        save_policy(folder, lm, tokenizer)
-    return folder if pairs else start
+        save_policy(pathlib.Path(folder), lm, tokenizer)
+    return folder
 
-# --------------------------------------------------------------------------------------------------
-# §15 Command line
+# §15 Command line ---------------------------------------------------------------------------------
 def parse(argv):
-    """Command line -> Config. Raises UserError on a flag that is unknown, malformed or impossible."""
+    """Command line -> Config. UserError where a flag is unknown, malformed or impossible."""
     import pydantic
     import tyro
     asked = re.search(r"--preset[= ](\w+)", " ".join(argv))
     preset = asked.group(1) if asked else "auto"
     if preset == "auto":  # not torch.cuda: importing torch takes seconds
         preset = "paper" if os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") else "tiny"
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} is none of {', '.join(PRESETS)}")
-    default, said = dataclasses.replace(Config(), preset=preset, **PRESETS[preset]), io.StringIO()
+    default = dataclasses.replace(Config(), preset=preset, **PRESETS.get(preset, {}))
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             cfg = tyro.cli(Config, args=argv, default=default)
@@ -1721,21 +1672,15 @@ def parse(argv):
     except SystemExit as end:
         if not end.code:
             raise
-        lines = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())  # tyro draws a box
+        lines = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())  # a box
         raise UserError(": ".join([line for line in lines if line][:2]) + " (see --help)")
     except pydantic.ValidationError as problem:
         first = problem.errors()[0]
         raise UserError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}")
-    for wrong, what in (
-            ((cfg.mode == "run") != bool(cfg.program), "--mode run and --program FILE go together"),
-            (cfg.mode == "run" and "," in cfg.task, "--mode run takes one task"),
-            (cfg.sft and not (os.path.isfile(cfg.sft) and os.path.getsize(cfg.sft)),
-             f"--sft {cfg.sft} is not a file, or is empty"),
-            (os.path.isfile(cfg.run), f"--run {cfg.run} is a file, not a folder"),
-            (cfg.mode in ("plot", "evaluate") and not os.path.exists(f"{cfg.run}/metrics.jsonl"),
-             f"--mode {cfg.mode} needs --run with the folder of a run, not {cfg.run!r}")):
-        if wrong:
-            raise UserError(f"{what}: see --help")
+    if (cfg.mode == "run") != bool(cfg.program) or cfg.mode == "run" and "," in cfg.task:
+        raise UserError("--mode run and --program FILE go together, with one --task: see --help")
+    if cfg.mode in ("plot", "evaluate") and not os.path.exists(f"{cfg.run}/metrics.jsonl"):
+        raise UserError(f"--mode {cfg.mode} needs --run with a run's folder, not {cfg.run!r}")
     name = f"{cfg.task.replace(',', '+')}-{preset}-s{cfg.seed}"
     return dataclasses.replace(cfg, run=cfg.run or os.path.join("runs", name))
 
@@ -1746,16 +1691,16 @@ def run_program(cfg, D):
         code = path.read_text()
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"--program {path} cannot be read: {problem}")
-    env = Environment(cfg, D)
+    env, file = Environment(cfg, D), path.with_suffix(".submission.csv")
     with contextlib.closing(env.pool):
         env.submit([Attempt(cfg.task, "solve", [], id=0, plan="given", code=code)])
         a = env.next()
-    submission = path.with_suffix(".submission.csv") if a.submission is not None else None
-    if submission:
-        write(submission, a.submission)
+    if a.submission is not None:
+        write(file, a.submission)
     print(json.dumps(dict(outcome=a.outcome, reward=a.R, score=a.score, reason=a.reason,
                           markers=a.marks, duration=a.dt, exit=a.exit, output=a.output[-2000:],
-                          submission=submission and str(submission), standin=D[a.task]["standin"])))
+                          submission=None if a.submission is None else str(file),
+                          standin=D[a.task]["standin"])))
 
 def run_training(cfg, D):
     """--mode train and evaluate, from the warm start to the closing table."""
@@ -1764,26 +1709,25 @@ def run_training(cfg, D):
     with contextlib.closing(env.pool):
         header(cfg, D, env)
         learner = Learner(cfg, initial_policy(cfg, D))
-        state = run.load(learner)
-        env.executions = state.executions
+        run.load(learner)
+        env.executions = run.executions
         sampler, maker = HFSampler(cfg, learner.tokenizer), PromptMaker(cfg, D, learner.tokenizer)
-        env.copy = lambda codes: lm_copies(codes, sampler, learner.ref)
-        common = sampler, env, maker, run, state
-        if not state.evaluation:
+        env.copies = lambda codes: lm_copies(codes, sampler, learner.ref)
+        common = sampler, env, maker, run
+        if not run.evaluation:
             evaluate("untrained", learner.ref, D, [], *common)
-            run.save(learner, state)
-        if cfg.mode == "train" and state.iteration < cfg.iterations:
+            run.save(learner)
+        if cfg.mode == "train" and run.iteration < cfg.iterations:
             train(cfg, D, learner, *common)
-            state.evaluation.pop("trained_improve", None)
-        if cfg.mode == "evaluate" or "trained_improve" not in state.evaluation:
+            run.evaluation.pop("trained_improve", None)
+        if cfg.mode == "evaluate" or "trained_improve" not in run.evaluation:
             env.cancel()  # what `carry` left in flight
             valid = evaluate("trained_scratch", learner.actor, D, [], *common)
             evaluate("trained_improve", learner.actor, D, valid, *common)  # Sec. 3.3, App. C.2
-            state.executions = env.executions
-            write_evaluation(D, run, state, maker)
-            run.save(learner, state)
-    closing_table(D, state)
-    if state.iteration:
+            write_evaluation(D, run, maker)
+            run.save(learner)
+    closing_table(D, run)
+    if run.iteration:
         plot(run.folder)
     print(f"{run.folder}: figures/training.png, evaluation.json, best/, policy/, metrics.jsonl")
 
@@ -1792,25 +1736,24 @@ def header(cfg, D, env):
     for task in D.values():
         print(f"task       {task['name']}, {task['metric_text']},",
               "STAND-IN data: scores are not comparable" if task["standin"] else "real data")
-    print(f"policy     {cfg.model} (preset {cfg.preset}), run folder {cfg.run}\n"
-          f"method     N={cfg.iterations} B={cfg.batch_size} m={cfg.oversample:g}", *(
-              f"{name}={getattr(cfg, name)}" for name in ("collect", "duration", "reward", "instrument")))
+    print(f"policy     {cfg.model} (preset {cfg.preset}), run folder {cfg.run}\nmethod    ", *(
+        f"{k}={getattr(cfg, k)}" for k in ("iterations", "batch_size", "oversample", "collect",
+                                           "duration", "reward", "instrument")))
     print(*(f"programs   {line}" for line in env.pool.report), sep="\n")
 
-def closing_table(D, state):
+def closing_table(D, run):
     """Untrained and trained policy beside the paper's numbers and MLE-bench's thresholds."""
     for name, task in D.items():
-        table = pd.DataFrame({phase: tables[name] for phase, tables in state.evaluation.items()}).T
+        table = pd.DataFrame({phase: tables[name] for phase, tables in run.evaluation.items()}).T
         for who, score in task["paper"]["Table 1"].items():
             table.loc[f"paper: {who}", "best"] = score and score[0]
         for medal in ("gold", "silver", "bronze", "median"):
             table.loc[f"MLE-bench: {medal}", "best"] = task[medal]
-        print(f"\n{name}" + " - STAND-IN data, not comparable with paper or MLE-bench" * task["standin"])
+        print(f"\n{name}" + " - STAND-IN data, scores are not comparable" * task["standin"])
         print(table.to_string(float_format="{:.4g}".format, na_rep=""))
 
 def main(argv):
-    """Run the command; returns the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
-    cfg = None
+    """Run the command; returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
         cfg = parse(argv)
         import_libraries()
@@ -1821,15 +1764,13 @@ def main(argv):
             (run_program if cfg.mode == "run" else run_training)(cfg, open_tasks(cfg))
         return 0
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on with {cfg and cfg.run}", file=sys.stderr)
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except UserError as error:
         problem = error
     except MemoryError:
         problem = "out of memory: lower --micro-batch, --workers or --memory-gb"
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
+    except OSError as error:  # no space, no permission, a file in the way
         problem = f"{error}: free space or mend permissions, then run again to go on"
     print("mlerl:", " ".join(str(problem).split()), file=sys.stderr)
     return 2

