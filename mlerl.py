@@ -135,7 +135,7 @@ class Config:
     workers: Index = 0  # programs at once; 0: one a core
     timeout: Positive = 600.0  # wall seconds a program (CHOICE)
     cpu_limit: Positive = 1200.0  # CPU seconds a program (CHOICE)
-    memory_gb: Positive = 8.0  # GiB a process of a program (CHOICE)
+    memory_gb: Positive = 8.0  # GiB a program (CHOICE)
     disk_mb: Count = 1024  # MiB that a program may write (CHOICE)
     output_kb: Count = 64  # KiB of terminal output kept, head and tail (CHOICE)
     max_procs: Count = 256  # processes and threads of a program (CHOICE)
@@ -463,7 +463,6 @@ def lm_copies(codes, sampler, lm):
 #   Landlock    a list of folders that may be read or written; no TCP, signals or tracing outward
 # Not stopped: kernel bugs, side channels, what a program grabs between two looks (LOOK), UNIX
 # sockets in the file system, and marks forged by reading its own source: at most 0.7 over -10.
-# Without namespaces a program can kill its own worker, which is `infra`, never a reward.
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
          ["user id"], ["Landlock"], [])  # best first; the last two only with --unsafe-exec
 LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds between looks; files; bytes
@@ -513,12 +512,10 @@ def enter_box(job, slot):
     import: imports only, since forks would miss the threads of computations."""
     if LINUX:
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")  # killed before the trainer is
-    if "namespaces" in job.walls and "user id" not in job.walls:
-        private_mounts(slot)
-    if LINUX:
-        libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
         for option, value in ((36, 1), (38, 1), (4, 0)):  # subreaper: nothing gets out of sight;
             libc("prctl", option, value, 0, 0, 0)  # no_new_privs; not dumpable: nor traceable
+    if "namespaces" in job.walls:
+        private_mounts(slot)
     if "Landlock" in job.walls:
         files = """/dev/null /dev/zero /dev/full /dev/random /dev/urandom /usr /bin /lib /lib64
             /proc /sys/devices/system /sys/fs/cgroup /etc/alternatives /etc/fonts /etc/group
@@ -550,7 +547,12 @@ def become_program(job, work, output):
     for name, limit in dict(CORE=0, CPU=math.ceil(job.cpu_limit), FSIZE=job.disk_mb << 20,
                             NOFILE=1024, DATA=int(job.memory_gb * 2 ** 30), NPROC=procs).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
+    if "user id" in job.walls:
+        os.setgroups([])
+        os.setresgid(*[job.uid] * 3)
+        os.setresuid(*[job.uid] * 3)
     if LINUX:
+        libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
         libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc
     if not job.forked:
         os.execv(sys.executable, [sys.executable, "-u", "program.py"])
@@ -585,10 +587,16 @@ def run_main(code, namespace):
 def kill_all(job, first):
     """Kill and reap all that a program left, at one stroke: a sweep would miss what forks."""
     with contextlib.suppress(ProcessLookupError):
-        if "user id" in job.walls or os.getpid() == 1:
-            os.kill(-1, signal.SIGKILL)  # all in this box but ourselves
-        else:
+        if os.getpid() == 1:
+            os.kill(-1, signal.SIGKILL)  # all in this namespace
+        elif "user id" not in job.walls:
             os.killpg(first, signal.SIGKILL)
+        elif os.fork() == 0:
+            try:
+                os.setresuid(*[job.uid] * 3)
+                os.kill(-1, signal.SIGKILL)  # all of this user
+            finally:
+                os._exit(0)
     patience = time.monotonic() + 20
     while time.monotonic() < patience:
         try:  # orphans are our children, since we are process 1 or a subreaper
@@ -599,20 +607,34 @@ def kill_all(job, first):
     raise OSError("processes of a program survive SIGKILL")
 
 def too_much(job, slot):
-    """Whether files, or processes in an own namespace, exceed the limits or cannot be counted."""
-    files = []
+    """"memory" or "crash" where processes or files exceed the limits or cannot be counted, or ""."""
+    used, procs, files, size, closed = 0, 0, 0, 0, []
+    for proc in filter(str.isdigit, os.listdir("/proc") if len(job.walls) > 1 else []):
+        try:
+            if os.getpid() == 1 != int(proc) or os.stat(f"/proc/{proc}").st_uid == job.uid:
+                procs += 1
+                text = pathlib.Path(f"/proc/{proc}/smaps_rollup").read_text()
+                used += int(re.search(r"Pss: +(\d+)", text)[1]) << 10  # shared pages are divided
+        except PermissionError:  # a process can make itself unreadable
+            return "memory"
+        except (OSError, TypeError):  # it ended meanwhile
+            pass
     try:
-        for folder, names, more in os.walk(slot):
-            files += [os.path.join(folder, name) for name in names + more]
-            if len(files) > MAX_FILES:
-                return True
-        size = sum(os.lstat(file).st_blocks * 512 for file in files)
+        for top, onerror in ((slot, closed.append), ("/dev/shm", None)):
+            for folder, names, more in os.walk(top, onerror=onerror):
+                for name in names + more:
+                    info = os.lstat(os.path.join(folder, name))
+                    if top == slot or os.getpid() == 1 or info.st_uid == job.uid:
+                        files, size = files + 1, size + info.st_blocks * 512
+                if files > MAX_FILES:
+                    return "crash"
     except FileNotFoundError:  # removed meanwhile
         size = 0
     except (OSError, RecursionError):  # closed to us, or too deep
-        return True
-    procs = sum(map(str.isdigit, os.listdir("/proc"))) if os.getpid() == 1 else 0
-    return size > job.disk_mb << 20 or procs > job.max_procs
+        return "crash"
+    hidden = any(isinstance(error, PermissionError) for error in closed)
+    flood = hidden or size > job.disk_mb << 20 or procs > job.max_procs
+    return "memory" if used > job.memory_gb * 2 ** 30 else "crash" * flood
 
 def watch(job, pid, slot, wake):
     """Wait until the program's first process ends or must end: (exit status or None, why)."""
@@ -629,8 +651,8 @@ def watch(job, pid, slot, wake):
                 return os.waitstatus_to_exitcode(status), ""
         now = time.monotonic()
         if now >= look:
-            if too_much(job, slot):
-                return None, "crash"
+            if why := too_much(job, slot):
+                return None, why
             look = time.monotonic() + LOOK
     return None, "timeout"
 
@@ -642,6 +664,8 @@ def execute(job, slot, wake):
     (work / "tmp").mkdir(parents=True)
     (work / "program.py").write_bytes(job.code.encode(errors="replace"))
     (work / job.task).symlink_to(pathlib.Path(job.public, job.task))
+    for path in (work, work / "tmp", work / "program.py") if "user id" in job.walls else ():
+        os.chown(path, job.uid, job.uid)
     spent, began = os.times(), time.monotonic()
     with open(log, "ab") as output:
         pid = os.fork()
@@ -705,8 +729,10 @@ def clean(job, slot):
     except (OSError, RecursionError):
         subprocess.run("chmod -R u+rwX .; rm -rf ./*", shell=True, stderr=subprocess.DEVNULL)
     for entry in os.scandir("/dev/shm") if len(job.walls) > 1 else []:
-        if entry.stat(follow_symlinks=False).st_uid == os.getuid():
+        if os.getpid() == 1 or entry.stat(follow_symlinks=False).st_uid == job.uid:
             subprocess.run(["rm", "-rf", entry.path])
+    if os.getpid() == 1 and pathlib.Path("/proc/sysvipc/shm").read_text().count("\n") > 1:
+        subprocess.run(["ipcrm", "--all"])  # System V memory
 
 def worker():
     """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
@@ -772,7 +798,7 @@ class Slot:
             if not self.process or self.process.poll() is not None:
                 self.open(job["walls"])
             self.socket.settimeout(job["timeout"] + 120)
-            self.file.write(json.dumps(job).encode() + b"\n")
+            self.file.write(json.dumps(job | dict(uid=self.uid)).encode() + b"\n")
             self.file.flush()
             result = json.loads(self.file.readline())
         except (OSError, ValueError) as error:
@@ -785,15 +811,10 @@ class Slot:
         return result
 
     def open(self, walls):
-        """Start the worker, in a clean environment, and as far as commands can in its box."""
+        """Start the worker, in a clean environment and perhaps in its own namespaces."""
         subprocess.run(["rm", "-rf", self.folder])  # of a worker that died
-        self.folder.mkdir(mode=0o700)
+        self.folder.mkdir(mode=0o711)
         command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
-        if "user id" in walls:
-            os.chown(self.folder, self.uid, self.uid)
-            user = f"setpriv --reuid {self.uid} --regid {self.uid} --clear-groups".split()
-            subprocess.run([*user, "sh", "-c", "kill -9 -1"])  # all that a dead worker left
-            command = user + command
         if "namespaces" in walls:
             unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
             command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
@@ -940,8 +961,8 @@ def reward(task, a, cfg):
 
     paper: -10 + 0.1 a milestone, or the score, negated where lower is better (Sec. 3.2).
     bounded (CHOICE): (-1 + 0.1 a milestone) / 4, or for the signed score s of a valid program
-    (1 + tanh((s - sample) / |bronze - sample|)) / 2: it beats any failure, and scores are not
-    drowned. Where the sample submission has no score, the median stands in.
+    (1 + tanh(2 (s - bronze) / |bronze - sample|)) / 2: it beats any failure, steepest at a bronze
+    medal, so that scores are not drowned. A sample submission without score counts as the median.
     """
     marks = sum(any(re.search(p, m) for m in a.marks) for _, p in prompts.MILESTONES)
     if cfg.reward == "paper":
@@ -950,7 +971,7 @@ def reward(task, a, cfg):
         return (-1.0 + MARK * marks) / 4
     sample = task["median"] if task["sample_score"] is None else task["sample_score"]
     far = abs(task["bronze"] - sample) or 1.0
-    return 0.5 + 0.5 * math.tanh(sign(task) * (a.score - sample) / far)
+    return 0.5 + 0.5 * math.tanh(2 * sign(task) * (a.score - task["bronze"]) / far)
 
 class Environment:
     """P(s, env-inst(a)) of Alg. 1 l. 4: instruments, executes, grades and rewards attempts.

@@ -5,16 +5,11 @@ the programs from which the embedded tiny policy learns to write at all; it look
 """
 from __future__ import annotations
 
-import csv
-import json
-import random
-import re
-import subprocess
+import csv, json, random, re, subprocess
 
-# The packages that a program may use (App. C): name in the prompt -> module to import.
-PACKAGES = {"statsmodels": "statsmodels", "pandas": "pandas", "timm": "timm",
-            "bayesian-optimization": "bayes_opt", "scikit-learn": "sklearn", "xgboost": "xgboost",
-            "numpy": "numpy", "torch": "torch", "torchvision": "torchvision",
+# The packages that a program may use (App. C): name in the prompt -> module, if it is another.
+PACKAGES = {"statsmodels": "", "pandas": "", "timm": "", "bayesian-optimization": "bayes_opt",
+            "scikit-learn": "sklearn", "xgboost": "", "numpy": "", "torch": "", "torchvision": "",
             "lightGBM": "lightgbm", "torch-geometric": "torch_geometric"}
 
 # Progress of a program (App. C.3): the words printed, and what earns partial credit (Sec. 3.2).
@@ -26,23 +21,18 @@ MILESTONES = (
     ("training loss:", r"^training loss:\s*\S"),
     ("trained model", r"^trained model"),
     ("testing loss:", r"^testing loss:\s*\S"),
-    ("predicted test labels", r"^predicted test labels"),
-)
+    ("predicted test labels", r"^predicted test labels"))
 
-SYSTEM = ("You are a machine learning engineer. You solve a task by writing one Python program that "
-          "trains a model, applies it to the test set and writes a submission file.")
+SYSTEM = ("You are a machine learning engineer. You solve a task by writing one Python program "
+          "that trains a model, applies it to the test set and writes a submission file.")
 ANSWER = ("Answer with an outline of your approach in 3 to 5 sentences, followed by exactly one "
           "markdown code block (```python ... ```) that holds the complete program. "
           "Nothing comes after the code block.")
 SHORT_SYSTEM = "Write one Python program that solves the task."
 
-
-# --------------------------------------------------------------------------------------------------
-# Prompts (App. C)
-# --------------------------------------------------------------------------------------------------
+# Prompts (App. C) ---------------------------------------------------------------------------------
 def chat(system, user):
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
 
 def describe(task, snippet, packages):
     """The notes on a task that solve and improve share. Empty parts are left out."""
@@ -64,33 +54,23 @@ def describe(task, snippet, packages):
     text = "Notes:\n" + "\n".join(f"- {note}" for note in notes if note)
     return text + (f"\n\nWhat the data looks like:\n{snippet}" if snippet else "")
 
-
-def brief(task):
-    """The tiny policy's description of a task (CHOICE: it has room for 128 tokens)."""
-    return f"Task: {task['name']} ({task['metric']})\n"
-
-
 def solve(task, snippet, packages, short=False):
-    """Messages that ask for a solution from scratch (App. C).
-
-    snippet: text, the first records of the public files; packages: names to be listed.
-    short: the tiny policy's wording, without snippet and packages.
-    """
+    """Messages that ask for a solution from scratch (App. C). snippet: text, the first records of
+    the public files; packages: names. short (CHOICE): the tiny policy's wording, without both."""
     if short:
-        return chat(SHORT_SYSTEM, brief(task))
+        return chat(SHORT_SYSTEM, f"Task: {task['name']} ({task['metric']})\n")
     return chat(SYSTEM, f"{ANSWER}\n\n{describe(task, snippet, packages)}")
-
 
 def improve(task, snippet, packages, plan, code, output, short=False):
     """Messages that ask for a better version of a previous solution (Sec. 3.3, App. C.2).
 
     output: what the previous program printed, with the secret of instrumentation stripped.
     """
-    if short:
-        # The last lines hold the losses, cut to three digits; a warning's long text would not fit.
+    if short:  # the last lines hold the losses, here cut to three digits
         tail = "".join(re.sub(r"(\.\d{3})\d+", r"\1", line) + "\n"
                        for line in output.splitlines()[-4:] if len(line) < 40)
-        return chat(SHORT_SYSTEM, f"{brief(task)}Improve:\n{plan}\n{code}Output:\n{tail}")
+        return chat(SHORT_SYSTEM, f"Task: {task['name']} ({task['metric']})\nImprove:\n{plan}\n"
+                                  f"{code}Output:\n{tail}")
     asked = ("You have already implemented a solution to the task below. Revise it so that it does "
              "better on the test set. Parts that you keep must be repeated in full, because only "
              "the new program is run.")
@@ -98,12 +78,11 @@ def improve(task, snippet, packages, plan, code, output, short=False):
     return chat(SYSTEM, f"{asked} {ANSWER}\n\n{describe(task, snippet, packages)}\n\n"
                         f"Your previous solution:\n{plan}\n```python\n{code}```{printed}")
 
-
 def instrument(code):
     """Messages that ask the frozen LM for progress prints (Sec. 3.2, App. C.3)."""
-    marks = "\n".join(f'{k}. print("{marker}")' if not marker.endswith(":")
-                      else f'{k}. print("{marker}", value)  # only if the program computes this loss'
-                      for k, (marker, _) in enumerate(MILESTONES, 1))
+    marks = "\n".join(f'{k}. print("{marker}"' + (
+        ", value)  # only if the program computes this loss" if marker.endswith(":") else ")")
+        for k, (marker, _) in enumerate(MILESTONES, 1))
     return chat("You add progress messages to Python programs and change nothing else.", (
         "Insert the following print statements, in this order, into the program below:\n"
         f"{marks}\n\nRequirements:\n"
@@ -114,14 +93,11 @@ def instrument(code):
         "4. Leave every other line exactly as it is: fix nothing, reformat nothing.\n\n"
         f"```python\n{code}```"))
 
-
 def importable(python):
     """Those of PACKAGES that the executing interpreter can import, by their names in the prompt."""
-    code = ("import importlib.util as u, json, sys; names = json.loads(sys.argv[1]); "
-            "print(json.dumps([n for n, m in names.items() if u.find_spec(m)]))")
-    done = subprocess.run([python, "-c", code, json.dumps(PACKAGES)], capture_output=True, check=True)
-    return json.loads(done.stdout)
-
+    code = ("import importlib.util as u; "
+            f"print(*(n for n, m in {PACKAGES}.items() if u.find_spec(m or n)))")
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.split()
 
 def snippet(task, width):
     """The first record of the train and test tables, values cut to `width` characters (App. C)."""
@@ -139,18 +115,13 @@ def snippet(task, width):
         shown.append(f"{name}, first record:\n" + "\n".join(cells))
     return "\n\n".join(shown)
 
-
-# --------------------------------------------------------------------------------------------------
-# Fragments of the tiny policy's corpus (CHOICE: the paper starts from an instruction-tuned model)
-# --------------------------------------------------------------------------------------------------
+# Fragments of the tiny policy's corpus (CHOICE: the paper starts from an instruction-tuned model) -
 # {a | b} stands for one of its options, {T} for a text column; both are drawn when a program is
-# composed. What is drawn follows from LIMIT alone, not from how well anything scores.
-
-# Most groups of numeric columns that go with a model of each level. Simple learners may have many,
-# strong ones few: what combines both stands nowhere in the corpus, though each of its lines does.
-# It is the policy that has to find it.
+# composed. What is drawn follows from LIMIT, not from how well anything scores: the most groups of
+# numeric columns that go with a model of each level. Simple learners may have many, strong ones
+# few: what combines both stands nowhere in the corpus, though each of its lines does.
 LIMIT, SIZE = (4, 1, 1, 1), 5  # SIZE: most features of any kind
-P_CONSTANT, P_HARD, P_CHECK, P_BUG = 0.04, 0.06, 0.25, 0.84
+P_CONSTANT, P_HARD, P_CHECK, P_BUG = 0.04, 0.06, 0.25, 0.85
 N_BUGS = (1, 2, 2, 3)  # in a program that has any
 
 MODELS = (  # level, words of the plan, expression
@@ -183,8 +154,7 @@ MODELS = (  # level, words of the plan, expression
      'scoring="roc_auc", cv=3)'),
     (3, "an average of models", 'make_pipeline(QuantileTransformer(), VotingClassifier([("a", '
      'GradientBoostingClassifier(subsample=0.5, random_state=0)), ("b", {LogisticRegression(C=0.1)'
-     ' | RandomForestClassifier(min_samples_leaf=5, random_state=0)})], voting="soft"))'),
-)
+     ' | RandomForestClassifier(min_samples_leaf=5, random_state=0)})], voting="soft"))'))
 MODULES = {
     "decomposition": "TruncatedSVD",
     "ensemble": "ExtraTreesClassifier GradientBoostingClassifier HistGradientBoostingClassifier "
@@ -194,8 +164,7 @@ MODULES = {
     "model_selection": "GridSearchCV train_test_split", "naive_bayes": "BernoulliNB GaussianNB",
     "neighbors": "KNeighborsClassifier", "neural_network": "MLPClassifier",
     "pipeline": "make_pipeline", "preprocessing": "QuantileTransformer StandardScaler",
-    "tree": "DecisionTreeClassifier",
-}
+    "tree": "DecisionTreeClassifier"}
 TEXT = (  # features of a text column: words of the plan, expression, what must stand before it
     ("lengths", "df[{T}].str.len()", ""),
     ("word counts", "df[{T}].str.split().str.len()", ""),
@@ -205,12 +174,11 @@ TEXT = (  # features of a text column: words of the plan, expression, what must 
      'words = TfidfVectorizer({max_features=100 | max_features=200 | max_features=100, '
      'stop_words="english" | ngram_range=(1, 2), min_df=50}).fit(train[{T}])\n'),
     ("topics", "words.transform(df[{T}])", "words = make_pipeline(TfidfVectorizer(min_df=3), "
-     "TruncatedSVD({3 | 10 | 30}, random_state=0)).fit(train[{T}])\n"),
-)
+     "TruncatedSVD({3 | 10 | 30}, random_state=0)).fit(train[{T}])\n"))
 CLOCK = 'pd.to_datetime(df["unix_timestamp_of_request"], unit="s").dt'
 OWN = {"random-acts-of-pizza": (  # further features of single tasks
-    ("keywords", 'df[{T}].str.contains("{job|work | rent|bill | kid|wife|family | student|college | '
-                 'thank|please | friend|party | http|imgur}", case=False)', ""),
+    ("keywords", 'df[{T}].str.contains("{job|work | rent|bill | kid|wife|family | '
+                 'student|college | thank|please | friend|party | http|imgur}", case=False)', ""),
     ("time", f"{CLOCK}.{{hour | month | dayofweek | year}}", ""),
     ("subreddits", 'df["requester_subreddits_at_request"].str.len()', ""))}
 COLUMNS = {"random-acts-of-pizza": {  # numeric columns that go together
@@ -225,13 +193,11 @@ COLUMNS = {"random-acts-of-pizza": {  # numeric columns that go together
 CONSTANTS = (  # plan, prediction
     ("Predict the mean of the training labels.", "np.full(len(test), y.mean())"),
     ("Predict the same value for all.", "np.full(len(test), {0.1 | 0.25 | 0.5})"),
-    ("Predict random numbers.", "np.random.default_rng({0 | 1 | 2}).random(len(test))"),
-)
+    ("Predict random numbers.", "np.random.default_rng({0 | 1 | 2}).random(len(test))"))
 PLANS = ("Train {M} on {F}.", "Use {F} for {M}.")
 
-# Bugs: stage, pattern, replacement. Whether a program has any, and how many, is drawn once for the
-# program and not for each stage: long programs fail no more often than short ones. Otherwise the
-# shortest, a constant, would be the harbor in which a policy learns to hide.
+# Bugs: stage, pattern, replacement. How many a program has is drawn once, not for each stage: long
+# programs fail no more often than short ones, where a policy would learn to hide.
 BUGS = (
     ("import", r"(?m)^(?!import pandas).+\n", ""),
     ("import", r"from sklearn\.\w+ import", "from sklearn import"),
@@ -252,24 +218,19 @@ BUGS = (
     ("predict", r"\[:, 1\]", ""),
     ("write", r', "\w+": p', ', "prediction": p'),
     ("write", r'"submission\.csv"', '"predictions.csv"'),
-    ("write", r": p\}", ": pd.Series(p, index=test.iloc[:, 0])}"),
-)
+    ("write", r": p\}", ": pd.Series(p, index=test.iloc[:, 0])}"))
 
-
-# --------------------------------------------------------------------------------------------------
-# Composition of the corpus
-# --------------------------------------------------------------------------------------------------
+# Composition of the corpus ------------------------------------------------------------------------
 def pick(rng, text, task):
     """Replace every {a | b} by one of its options, and {T} by one text column throughout."""
     if "{T}" in text:
         text = text.replace("{T}", f'"{rng.choice(task["text"])}"')
     return re.sub(r"\{([^{}]* \| [^{}]*)\}", lambda m: rng.choice(m[1].split(" | ")), text)
 
-
 def draw_feature(rng, task):
     """(words of the plan, expression in `df`, line before it, groups of numeric columns)."""
-    kinds = [k for k in ([task["numeric"]] * 3 + [task["text"] and TEXT, OWN.get(task["name"])]) if k]
-    kind = rng.choice(kinds)
+    kinds = [task["numeric"]] * 3 + [task["text"] and TEXT, OWN.get(task["name"])]
+    kind = rng.choice([k for k in kinds if k])
     if kind is not task["numeric"]:
         words, *code = rng.choice(kind)
         code = pick(rng, "\0".join(code), task).split("\0")
@@ -282,14 +243,12 @@ def draw_feature(rng, task):
         columns = [c for c in columns if c in some]  # in the order of the table
     return words, f"df[{columns}]".replace("'", '"'), "", 1 if words in named else LIMIT[0]
 
-
 def fits(spec):
     """Whether a program keeps the corpus's rule: features that fit the level of its model."""
     words = [w for w, *_ in spec["features"]]
     setups = [setup for _, _, setup, _ in spec["features"] if setup]
     return (len(words) == len(set(words)) <= SIZE and len(setups) < 2
             and sum(n for *_, n in spec["features"]) <= LIMIT[spec["model"][0]])
-
 
 def draw(rng, task):
     """A correct program as a dict of choices: independent but for the rule in `fits`."""
@@ -306,7 +265,6 @@ def draw(rng, task):
         size -= not fits(longer) and rng.random() < 0.2  # some rules leave no room for more
     return spec if spec["features"] else draw(rng, task)
 
-
 def revise(rng, task, old):
     """One or two of the choices drawn anew, at random: nothing here knows what is better."""
     while True:
@@ -318,13 +276,12 @@ def revise(rng, task, old):
         if fits(out) and any(out[k] != old[k] for k in keys):
             return out
 
-
 def render(task, spec):
     """(plan, {stage: code}) of a program, stages in the order in which they stand."""
     target, out, plan = task["targets"][0], {"import": "", "load": ""}, spec["plan"]
     for part in ("train", "test"):
-        path = f"{task['name']}/prepared/public/{task[part]}"
-        out["load"] += f'{part} = pd.read_{path.split(".")[-1]}("{path}")\n'
+        out["load"] += (f'{part} = pd.read_{task[part].split(".")[-1]}('
+                        f'"{task["name"]}/prepared/public/{task[part]}")\n')
     out["load"] += f'y = train["{target}"].astype(int)\n'
     if spec["model"] is None:
         out["predict"] = f"p = {spec['constant']}\n"
@@ -355,7 +312,6 @@ def render(task, spec):
         f"from sklearn.{m} import {', '.join(n)}\n" for m, n in used.items() if n))
     return plan, out
 
-
 def spoil(rng, stages):
     """The stages with one more bug: first the stage is drawn, then the bug, then the place."""
     fitting = [b for b in BUGS if re.search(b[1], stages.get(b[0], ""))]
@@ -366,7 +322,6 @@ def spoil(rng, stages):
     place, text = rng.choice(list(re.finditer(pattern, stages[stage]))), stages[stage]
     return {**stages, stage: text[:place.start()] + place.expand(new) + text[place.end():]}
 
-
 def printed(rng, spec):
     """What an instrumented program prints; the values of the losses are invented."""
     return "".join(f"{marker} {rng.uniform(0.5, 0.8)}\n" if marker.endswith(":") else f"{marker}\n"
@@ -374,12 +329,9 @@ def printed(rng, spec):
                    if (spec.get("check") or not marker.endswith(":"))
                    and (spec["model"] or "model" not in marker))
 
-
 def corpus(task, n, seed, p_improve=0.4):
-    """n pairs (messages, response) for the tiny policy, the same for the same seed.
-
-    A share p_improve asks for an improvement of a correct program; P_BUG of the responses fail.
-    """
+    """n pairs (messages, response), the same for the same seed. A share p_improve asks for an
+    improvement of a correct program; P_BUG of the responses have bugs."""
     rng, pairs = random.Random(f"{task['name']} {seed}"), []
     for _ in range(n):
         spec = draw(rng, task)

@@ -1266,6 +1266,67 @@ def test_instrument_none_changes_nothing(D, fakes):
     assert FakePool.last.submitted[0][1] == ORDINARY
 
 
+COPY = """import math as np
+print("imported packages")
+x = np.floor(3)
+print("loaded data")
+for k in range(2):
+    loss = {"train": k + 0.5}
+    print("training loss:", loss["train"])
+print("trained model")
+"""
+SHOWN = "".join(line + "\n" for line in COPY.splitlines() if "print(" not in line)
+
+
+def test_the_lms_copy_decides_places_and_our_own_lines_are_inserted(tmp_path):
+    program, placed = mlerl.instrument(SHOWN, SECRET, COPY)
+    assert placed == "lm" and plain_tree(program) == plain_tree(SHOWN)
+    assert marks_of(run_python(program, tmp_path)[1]) == [
+        "imported packages", "loaded data", "training loss: 0.5", "training loss: 1.5", "trained model"]
+
+
+@pytest.mark.parametrize("change", [
+    ("floor(3)", "floor(4)"), ("x = np.floor(3)\n", ""), ("import math as np\n", "import math\n"),
+    ('print("loaded data")', 'print("loaded the data")'), ('print("loaded data")', 'print("loaded data", x)'),
+    ('loss["train"])', 'loss.pop("train"))'), ('loss["train"])', "max(loss))"), ("range(2)", "range(2, 3)"),
+    ('print("loaded data")', 'print("loaded data", file=f)'), ("x = ", "y = "), ("for k", "for  x in []: pass\nfor k"),
+    ("import math as np", "this is no Python"), (COPY, ""), ("k + 0.5", "k + 1/2"), ("import", "\x00import")])
+def test_a_copy_that_changes_anything_but_milestone_prints_is_rejected(change):
+    program, placed = mlerl.instrument(SHOWN, SECRET, COPY.replace(*change) or None)
+    assert placed == "ast" and plain_tree(program) == plain_tree(SHOWN)
+    assert program == mlerl.instrument(SHOWN, SECRET)[0]
+
+
+def test_the_policys_own_marker_prints_are_hidden_from_the_lm_and_earn_nothing(tmp_path):
+    own = SHOWN + "print('predicted test labels')\n"
+    asked = []
+
+    class Sampler:
+        tokenizer = small_tokenizer()
+
+        def sample(self, attempts, lm, version):
+            for a in attempts:
+                asked.append(self.tokenizer.decode(a.prompt_ids))
+                a.code = COPY + "pass\n"  # what stands where the print stood
+                yield a
+
+    copies = mlerl.lm_copies({7: own}, Sampler(), None)
+    assert list(copies) == [7] and "print('predicted test labels')" not in asked[0] and "floor" in asked[0]
+    program, placed = mlerl.instrument(own, SECRET, copies[7])
+    assert placed == "lm"
+    assert "predicted test labels" not in " ".join(marks_of(run_python(program, tmp_path)[1]))
+
+
+def test_attempts_are_instrumented_by_the_lm_or_by_rule_and_counted(D, fakes):
+    env = environment(D, instrument="lm")
+    env.copies = lambda codes: {0: script() + 'print("loaded data")\n', 1: "x = 2"}
+    env.submit([attempt(script(), id=k) for k in range(3)] + [attempt("", id=3)])
+    batch, _ = env.collect(4, 0, keep=True)
+    assert {a.id: a.placed for a in batch} == {0: "lm", 1: "ast", 2: "ast", 3: ""}
+    assert "loaded data" in FakePool.last.submitted[0][1] and all(SECRET not in a.code for a in batch)
+
+
+
 def test_prints_come_up_to_where_a_program_raises_and_the_ladder_is_strict(D, tmp_path):
     lines, earned = ORDINARY.strip().split("\n"), []
     stages = [next(k for k, line in enumerate(lines) if part in line) for part in (
@@ -2136,19 +2197,18 @@ def test_every_flag_is_read_somewhere():
     assert unread == []
 
 
-OVER = "mlerl.py and prompts.py are over their budgets and await cutting"
+OVER = "mlerl.py is over its budget and awaits cutting"
 
 
 @pytest.mark.parametrize("name, budget", [
     pytest.param("mlerl.py", 1500, marks=pytest.mark.xfail(strict=True, reason=OVER)), ("grade.py", 600),
-    pytest.param("prompts.py", 350, marks=pytest.mark.xfail(strict=True, reason=OVER))])
+    ("prompts.py", 350)])
 def test_line_budgets_hold(name, budget):
     assert len((HERE / name).read_text().splitlines()) <= budget
 
 
 @pytest.mark.parametrize("name", [
-    "mlerl.py", "grade.py",
-    pytest.param("prompts.py", marks=pytest.mark.xfail(strict=True, reason=OVER))])
+    "mlerl.py", "grade.py", "prompts.py"])
 def test_no_line_is_wider_than_100(name):
     rows = (HERE / name).read_text().splitlines()
     assert [k for k, row in enumerate(rows, 1) if len(row) > 100] == []
@@ -2261,6 +2321,493 @@ def test_forked_programs_draw_different_numbers_and_seeded_ones_the_same(real_po
     free = {run_real(real_pool, code.format("")).output for _ in range(3)}
     seeded = {run_real(real_pool, code.format("np.random.seed(0); ")).output for _ in range(3)}
     assert len(free) == 3 and len(seeded) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Attacks: a test for every threat, behind the best walls of this machine, and without namespaces
+# --------------------------------------------------------------------------------------------------
+import shutil, signal, socket, tempfile, time
+
+ANSWER = "id,label\nTHE-ANSWER,1\n"
+LEVELS = {"best": mlerl.WALLS, "no namespaces": [w for w in mlerl.WALLS if "namespaces" not in w]}
+
+
+class World:
+    """A trainer's side: data, answers, a run folder, a process to kill, a pool."""
+
+    def __init__(self, walls, **changes):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="world-"))
+        self.folder.chmod(0o755)
+        self.data = self.folder / "data" / "pizza" / "prepared"
+        for name in ("public/sub", "private"):
+            (self.data / name).mkdir(parents=True)
+        (self.folder / "run").mkdir()
+        (self.data / "public/train.csv").write_text("id,x\n1,2\n")
+        (self.data / "private/answers.csv").write_text(ANSWER)
+        (self.data / "private/answers.csv").chmod(0o600)  # as the trainer leaves it
+        (self.folder / "run/attempts.jsonl").write_text("THE-ANSWER")
+        (self.folder / "run").chmod(0o700)
+        self.canary = subprocess.Popen(["sleep", "1000"], env={"TOKEN": "ENVIRONMENT-SECRET"})
+        self.cfg = dataclasses.replace(mlerl.Config(), **{
+            **dict(workers=2, timeout=60, cpu_limit=30, memory_gb=1, disk_mb=50, output_kb=32, max_procs=60,
+                   threads=1, run=str(self.folder / "run"), data_dir=str(self.folder / "data")), **changes})
+        keep, mlerl.WALLS = mlerl.WALLS, walls
+        try:
+            self.pool = mlerl.Pool(self.cfg, {"pizza": self.data / "public"}, [self.data / "private"], SECRET)
+        finally:
+            mlerl.WALLS = keep
+        print(*self.pool.report, sep="\n")
+        self.has = {wall: wall in self.pool.job["walls"] for wall in ("user id", "namespaces", "Landlock")}
+
+    def runs(self, codes, **limits):
+        """Run programs together; Results in their order. <names> in them stand for what to attack."""
+        usual = self.pool.job
+        self.pool.job = usual | limits
+        names = dict(answers=self.data / "private/answers.csv", private=self.data / "private", world=self.folder,
+                     canary=self.canary.pid, trainer=os.getpid(), stage=self.pool.stage, home=os.path.expanduser("~"))
+        for i, code in enumerate(codes):
+            for name, value in names.items():
+                code = code.replace(f"<{name}>", str(value))
+            self.pool.submit(i, "pizza", code)
+        found = dict(self.pool.wait() for _ in codes)
+        self.pool.job = usual
+        return [types.SimpleNamespace(**{"submission": None, "marks": [], "exit": None, "dt": None, **found[i]})
+                for i in range(len(codes))]
+
+    def run(self, code, **limits):
+        return self.runs([code], **limits)[0]
+
+    def close(self):
+        self.pool.close()
+        self.canary.kill()
+        self.canary.wait()
+        assert not self.pool.stage.exists() and not leftovers(str(self.pool.stage))
+        shutil.rmtree(self.folder)
+
+
+def below(pid):
+    """All processes below one."""
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [*children, *(grandchild for child in children for grandchild in below(child))]
+
+
+def leftovers(word):
+    """Processes with this word on their command line or as their folder."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if word in os.readlink(f"/proc/{pid}/cwd") or word in open(f"/proc/{pid}/cmdline").read():
+                found.append(pid)
+        except OSError:
+            pass
+    return found
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def world(request):
+    world = World(LEVELS[request.param])
+    yield world
+    world.close()
+
+
+@pytest.fixture(autouse=True)
+def unharmed(request):
+    """After every attack the trainer's things are as before, nothing runs on, the pool still works."""
+    yield
+    if "world" not in request.fixturenames:
+        return
+    world = request.getfixturevalue("world")
+    assert "State:\tS" in pathlib.Path(f"/proc/{world.canary.pid}/status").read_text()
+    assert (world.data / "private/answers.csv").read_text() == ANSWER
+    assert (world.data / "public/train.csv").read_text() == "id,x\n1,2\n"
+    assert not world.pool.futures and not any(slot.began for slot in world.pool.slots)
+    for slot in world.pool.slots:
+        if slot.process and slot.process.poll() is None:
+            assert len(below(slot.process.pid)) == world.has["namespaces"], "something runs on"
+    for r in world.runs(["import os\nprint(open('pizza/prepared/public/train.csv').read(), sorted(os.listdir('.')))\n"
+                         "open('submission.csv','w').write('fine')"] * 2):
+        assert (r.outcome, r.submission) == ("ok", b"fine"), r
+        assert "id,x\n1,2\n ['pizza', 'program.py', 'tmp']" in r.output
+
+
+def test_threat_private_answers_are_read(world):
+    """By path, walk, /proc, links and inherited descriptors; neither the run folder nor home."""
+    r = world.run("""
+import os, glob
+for path in ['<answers>', '<private>', '<world>/run/attempts.jsonl', '<world>/run', '<home>', '/proc/<trainer>/root<answers>']:
+    try: print('OPENED', path, os.open(path, 0))
+    except OSError: pass
+for top in ['<world>', '<stage>', '..', '/proc/1/root<world>', '/tmp', '/var/tmp']:
+    for d, ds, fs in os.walk(top):
+        for f in fs:
+            try: print(open(os.path.join(d, f), errors='replace').read(99).replace('program', ''))
+            except OSError: pass
+mine = {str(os.getpid()), 'self', 'thread-self'}
+for path in glob.glob('/proc/[0-9]*/environ') + glob.glob('/proc/[0-9]*/mem') + glob.glob('/proc/[0-9]*/fd/*') + glob.glob('/proc/[0-9]*/cwd/*'):
+    if path.split('/')[2] not in mine:
+        try: open(path, 'rb').read(1); print('PROC', path)
+        except OSError: pass
+for fd in range(3, 1024):
+    try: os.fstat(fd); print('INHERITED', fd, os.readlink(f'/proc/self/fd/{fd}'))
+    except OSError: pass
+""")
+    assert r.outcome == "no_submission" and not re.search("THE-ANSWER|OPENED|PROC|INHERITED", r.output), r
+
+
+def test_threat_submission_is_no_plain_file(world):
+    makes = ["os.symlink('<answers>', 'submission.csv')", "os.symlink('/etc/passwd', 'submission.csv')",
+             "os.link('<answers>', 'submission.csv')", "open('x','w'); os.link('x', 'submission.csv')",
+             "os.mkfifo('submission.csv')", "os.mkdir('submission.csv')",
+             "os.mknod('submission.csv', 0o20666, os.makedev(1, 5))",
+             "os.mknod('disk', 0o60666, os.makedev(254, 0)); print('EVIL', open('disk', 'rb').read(9))",
+             "d = os.getcwd(); os.rename(d, d + 'x'); os.symlink('<private>', d); print('EVIL')",
+             "f = open('submission.csv','w'); f.truncate(10**12)", "os.chmod('.', 0)"]
+    for r in world.runs([f"import os\ntry:\n    {make}\nexcept OSError as e: print(e)" for make in makes]):
+        assert not r.submission and r.outcome in ("no_submission", "crash", "ok") and "EVIL" not in r.output, r
+    big, swap = world.runs(["f = open('submission.csv','wb'); f.truncate(20 << 20)", """
+import os
+open('submission.csv','w').write('first')
+if os.fork() == 0:
+    os.setsid()
+    while True:
+        try: os.symlink('<answers>', 'l'); os.rename('l', 'submission.csv')
+        except OSError: pass
+os._exit(0)"""])
+    assert len(big.submission) == 20 << 20 and swap.submission in (None, b"first")
+
+
+def test_threat_secrets_in_environment_or_proc(world):
+    os.environ["KAGGLE_KEY"] = "ENVIRONMENT-SECRET"
+    r = world.run("import os, subprocess; print(dict(os.environ), open('/proc/self/environ').read())\n"
+                  "print(subprocess.run(['env'], capture_output=True).stdout)")
+    assert "SECRET" not in r.output and "KAGGLE" not in r.output and "HOME" in r.output
+
+
+def test_threat_trainer_is_killed_stopped_or_traced(world):
+    nice = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    kill, trace = world.runs(["""
+import os, ctypes, signal
+for pid in (<trainer>, <canary>, os.getppid(), -1):
+    if pid not in (0, 1) and (pid > 0 or os.getuid()):  # -1 as root in a container would reach too far
+        for s in (signal.SIGSTOP, signal.SIGINT, signal.SIGKILL):
+            try: os.kill(pid, s); print('EVIL' if pid in (<trainer>, <canary>) else 'sent')
+            except OSError: pass
+for pid in (<trainer>, <canary>):
+    try: os.setpriority(0, pid, 19)
+    except OSError: pass
+""".replace("os.getuid()", str(int(world.has["namespaces"]))), """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+for pid in (<trainer>, <canary>, os.getppid()):
+    if pid:
+        if libc.ptrace(16, pid, None, None) != -1 or libc.ptrace(0x4206, pid, None, None) != -1: print('TRACED', pid)
+        fd = libc.syscall(434, pid, 0)
+        if fd >= 0 and (libc.syscall(438, fd, 0, 0) >= 0 or libc.syscall(424, fd, 19, None, 0) == 0): print('PIDFD', pid)
+    for name in ('oom_score_adj', 'mem', 'clear_refs'):
+        try: open(f'/proc/{pid}/{name}', 'w').write('1'); print('WROTE', pid)
+        except OSError: pass
+"""])
+    assert "EVIL" not in kill.output and kill.outcome != "infra", kill
+    assert not trace.output, trace
+    if world.has["namespaces"] or world.has["user id"]:
+        assert os.getpriority(os.PRIO_PROCESS, os.getpid()) == nice
+
+
+HOLD = "import os, time, signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
+HOP = "#include <unistd.h>\\nint main(){setsid(); for(;;) if (fork()) _exit(0);}"
+
+
+def test_threat_program_outlives_its_timeout(world):
+    """Ignored signals, daemons, double forks, pid hopping, stopped programs, held pipes."""
+    codes = ["time.sleep(1000)", "while True: pass",
+             "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(1000)\n    os._exit(0)",
+             "import subprocess\nsubprocess.Popen(['sh', '-c', 'while :; do sleep 1; done'], start_new_session=True)",
+             "for _ in range(20):\n    if os.fork() == 0:\n        while True:\n            if os.fork(): os._exit(0)",
+             f"open('a.c','w').write('{HOP}')\nos.system('gcc a.c; for i in 1 2 3 4 5 6 7 8; do ./a.out & done')\ntime.sleep(1)",
+             "os.close(1); os.close(2); time.sleep(1000)", "os.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(1000)",
+             "for _ in range(10):\n    if os.fork() == 0:\n        os.kill(os.getpid(), signal.SIGSTOP)\n        time.sleep(1000)",
+             "import atexit\natexit.register(time.sleep, 1000)"]
+    for code, r in zip(codes, world.runs([HOLD + code for code in codes], timeout=2)):
+        assert r.outcome in ("timeout", "no_submission", "crash"), (code, r)
+        assert r.dt <= 2.5 or r.outcome != "timeout"
+    r = world.run(f"import time\nprint('{SECRET} one')\nprint('x', end='')\ntime.sleep(1000)", timeout=2)
+    assert (r.outcome, r.dt, r.marks, r.output) == ("timeout", 2, ["one"], "one\nx")
+    assert world.run("while True: pass", cpu_limit=1).outcome == "timeout"
+
+
+def test_threat_floods(world):
+    """Memory, shared memory, disk, inodes, nested folders, processes, threads, output, descriptors."""
+    fork = "import os, ctypes, time\nctypes.CDLL(None).prctl(4, %d)\nfor _ in range(10):\n    if os.fork() == 0:\n" \
+           "        x = bytearray(300 << 20); time.sleep(100)\ntime.sleep(100)"
+    floods = {"x = bytearray(3 << 30)": "memory", "import numpy as np; x = np.ones(3 << 27)": "memory",
+              "import mmap\nm = mmap.mmap(-1, 4 << 30)\nfor i in range(0, 4 << 30, 4096): m[i] = 1": "memory",
+              fork % 1: "memory", fork % 0: "memory",
+              "import resource\nresource.setrlimit(resource.RLIMIT_DATA, (-1, -1))": "crash",
+              "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(1 << 20))": "crash",
+              "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'w').close()": "crash",
+              "import os\nos.mkdir('hide'); os.chdir('hide'); os.chmod('../hide', 0)\ni = 0\nwhile True:\n    i += 1\n"
+              "    open(str(i), 'wb').write(bytes(1 << 20))": "crash",
+              "import os\nwhile True:\n    os.mkdir('d'); os.chdir('d')": "crash timeout",
+              "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass": "crash timeout memory",
+              "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(100,)).start()": "crash",
+              "while True: print('x' * 10000)": "crash", "x = []\nwhile True: x.append(open('/dev/null'))": "crash",
+              "import os, time\nif os.fork() == 0:\n    while True:\n        if os.fork(): os._exit(0)\n"
+              "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(1 << 20))": "crash",
+              "i = 0\nwhile True:\n    i += 1\n    open(f'/dev/shm/EVIL{i}', 'wb').write(bytes(9 << 20))": "crash"}
+    if not (world.has["namespaces"] or world.has["user id"]):  # nothing limits the processes of root
+        floods = {code: word for code, word in floods.items() if "os.fork()\n    except" not in code}
+    if not world.has["namespaces"]:
+        floods.popitem()
+    before = set(os.listdir("/dev/shm"))
+    for (code, words), r in zip(floods.items(), world.runs(floods, timeout=60)):
+        assert r.outcome in words and len(r.output) < 40_000, (code, r)
+    assert set(os.listdir("/dev/shm")) == before
+
+
+def test_threat_work_folder_is_left_in_any_state(world):
+    codes = ["os.chmod('.', 0)", "os.mkdir('a'); open('a/b','w'); os.chmod('a', 0)", "os.mkfifo('f')",
+             "for _ in range(5000): os.mkdir('d'); os.chdir('d')",
+             "for i in range(1000): open(b'\\xff\\n%d' % i, 'w').close()",
+             "os.rmdir('tmp'); os.unlink('program.py'); os.symlink('/', 'tmp'); os.symlink('<world>', 'program.py')"]
+    for code, r in zip(codes, world.runs(["import os\n" + code for code in codes])):
+        assert r.outcome in ("no_submission", "crash"), (code, r)
+    assert world.folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_threat_network(world):
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0mlerl-{os.getpid()}")
+        abstract.listen()
+        r = world.run(f"""
+import socket
+def go(name, f):
+    try: f(); print(name, 'OPEN')
+    except OSError as e: print(name, e)
+go('tcp', lambda: socket.create_connection(('127.0.0.1', {tcp.getsockname()[1]}), 1))
+go('udp', lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9)))
+go('abstract', lambda: socket.socket(socket.AF_UNIX).connect('\\0mlerl-{os.getpid()}'))
+go('raw', lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))
+""")
+    opened = set(re.findall(r"(\w+) OPEN", r.output))
+    assert opened <= (set() if world.has["namespaces"] else {"udp"}), r.output
+    assert any("NOT out of their reach: network" in line for line in world.pool.report) == bool(opened)
+
+
+def test_threat_writing_elsewhere(world):
+    """Outside the work folder, into data, another program's folder, site-packages."""
+    r = world.run("""
+import os, json, pandas, sys
+for place in ['..', '/', '/tmp', '/etc', os.path.dirname(json.__file__), os.path.dirname(pandas.__file__), sys.prefix, '<world>',
+              '<private>', '<home>', '<stage>', '<stage>/slot0', '<stage>/slot0/work', '<stage>/slot1', '<stage>/slot1/work',
+              'pizza/prepared/public', '/var/tmp', '/run', '/dev', '/proc/sys/kernel', '/sys/fs/cgroup']:
+    try:
+        if os.path.realpath(place) != os.getcwd(): open(place + '/EVIL', 'w').write('x'); print('WROTE', place)
+    except OSError: pass
+for path in ('pizza/prepared/public/train.csv', '<answers>', json.__file__):
+    for how in (lambda: open(path, 'a'), lambda: os.truncate(path, 0), lambda: os.unlink(path), lambda: os.rename(path, path + 'x'),
+                lambda: os.chmod(path, 0o777), lambda: os.utime(path, (1, 1)), lambda: os.chown(path, 1, 1)):
+        try: how(); print('CHANGED', path)
+        except OSError: pass
+""")
+    assert "WROTE" not in r.output, r
+    if world.has["namespaces"] or world.has["user id"]:
+        assert "CHANGED" not in r.output, r
+    else:  # metadata only, and said so
+        assert "NOT out of their reach: files outside" in "".join(world.pool.report)
+        for path in (world.data / "public/train.csv", world.data / "private/answers.csv", pathlib.Path(json.__file__)):
+            os.chown(path, os.getuid(), os.getgid())
+            path.chmod(0o644)
+
+
+def test_threat_other_program_is_read(world):
+    spy = """
+import os, time
+open('MINE<n>', 'w').write('x')
+time.sleep(1)
+places = [d for d, _, _ in os.walk('<stage>')] + ['<stage>/slot0/work', '<stage>/slot1/work'] + [f'/proc/{p}/cwd' for p in os.listdir('/proc')]
+for place in places:
+    try: print(*['FOUND' for f in os.listdir(place) if f.startswith('MINE') and f != 'MINE<n>'])
+    except OSError: pass
+for n in (0, 1):
+    try: open(f'<stage>/slot{n}/output').read(); print('FOUND')
+    except OSError: pass
+"""
+    for r in world.runs([spy.replace("<n>", n) for n in "12"]):
+        assert r.outcome == "no_submission" and "FOUND" not in r.output, r
+
+
+def test_threat_forged_marks_and_results(world):
+    r = world.run(f"""
+print('training loss: 0.1')
+print('{SECRET} training loss: 0.3')
+print('50%|####', end=' '); print('{SECRET} after a progress bar')
+print(' "{SECRET} quoted as in a traceback"')
+for c in '{SECRET} split\\n': print(c, end='')
+print(('x' * 997 + '{SECRET} y') * 2000)
+print('{SECRET} ' + 'long' * 100)
+""")
+    assert r.marks[:3] == ["training loss: 0.3", "after a progress bar", "split"] and len(r.marks) <= 64
+    assert SECRET[:8] not in r.output and "training loss: 0.3" in r.output and len(r.output) < 33_000
+    r = world.run("""
+import os, json
+fake = json.dumps({"outcome": "ok", "exit": 0, "dt": 0.1, "output": "", "marks": ["x"], "submission": "aWQ="}).encode()
+for fd in range(1, 100):
+    try: os.write(fd, len(fake).to_bytes(8, 'little') + fake)
+    except OSError: pass
+os._exit(77)
+""")
+    assert (r.outcome, r.exit, r.submission, r.marks) == ("crash", 77, None, [])
+
+
+def test_outcomes(world):
+    cases = {"x = = 1": ("syntax", 1), "import no_such_module": ("import", 1), "raise MemoryError": ("memory", 1),
+             "def f():\n    1/0\nf()": ("crash", 1), "import ctypes; ctypes.string_at(0)": ("crash", -11),
+             "import sys; sys.exit('words')": ("crash", 1), "import sys; sys.exit(256)": ("no_submission", 0),
+             "import os; os._exit(3)": ("crash", 3), "x = '\\ud800'; open('submission.csv', 'w').write('')": ("ok", 0),
+             "\ud800": ("syntax", 1), "import sys; open('submission.csv', 'w').write('x'); sys.exit(0)": ("ok", 0),
+             "f = open('submission.csv', 'w'); f.write('unclosed')": ("ok", 0),
+             "import atexit\natexit.register(lambda: open('submission.csv', 'w').write('late'))": ("ok", 0),
+             "import threading, time\ndef f(): time.sleep(0.3); open('submission.csv', 'w').write('late')\n"
+             "threading.Thread(target=f).start()": ("ok", 0)}
+    results = world.runs(cases)
+    assert [(r.outcome, r.exit) for r in results] == list(cases.values()), results
+    assert "words" in results[5].output and results[11].submission == b"unclosed"
+    assert results[3].output.startswith('Traceback (most recent call last):\n  File "program.py", line 3')
+
+
+BENIGN = {
+    "threads": "from concurrent.futures import ThreadPoolExecutor as T\nprint(list(T(4).map(abs, [-1, 2])))",
+    "pool": "import multiprocessing as m\ndef f(x): return x * x\nwith m.Pool(2) as p: print(p.map(f, range(9)))",
+    "joblib": "from joblib import Parallel, delayed\nprint(Parallel(n_jobs=2)(delayed(abs)(i) for i in range(-3, 3)))",
+    "forest": "from sklearn.ensemble import RandomForestClassifier as R\nimport numpy as np\nx = np.random.RandomState(0).rand(200, 5)\n"
+              "print(R(20, n_jobs=2, random_state=0).fit(x, x[:, 0] > .5).predict_proba(x).sum())",
+    "boosting": "from sklearn.ensemble import HistGradientBoostingClassifier as R\nimport numpy as np\nx = np.random.RandomState(0)"
+                ".rand(500, 5)\nprint(R(random_state=0, max_iter=20).fit(x, x[:, 0] > .5).predict_proba(x).sum())",
+    "temp": "import tempfile, os\nwith tempfile.TemporaryDirectory() as d, tempfile.NamedTemporaryFile('w') as f:\n"
+            "    open(d + '/a', 'w').write('y'); print(os.listdir(d))\nos.makedirs(os.path.expanduser('~/.cache/x'))",
+    "unicode": "import sys; print('żółć \u2603 ' * 3); print('ü', file=sys.stderr)",
+    "output": "for i in range(50000): print('x' * 100)",
+    "subprocess": "import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', 'import numpy; print(numpy.ones(2))'], "
+                  "capture_output=True, text=True).stdout, subprocess.check_output('echo hi', shell=True))",
+    "seeded": "import numpy as np, random\nnp.random.seed(1); random.seed(1)\nprint(np.random.rand(3), random.random(), {'a', 'b', 'c'})",
+    "main": "import pickle, sys, inspect\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))), sys.argv, inspect.getsource(A), "
+            "sys.path[0] == __import__('os').getcwd())\ntry: input()\nexcept EOFError: print('eof')",
+    "torch": "import torch\ntorch.manual_seed(0)\nl = torch.nn.Linear(5, 1)(torch.ones(4, 5)).mean(); l.backward()\nprint(float(l))",
+}
+
+
+def test_benign_programs_agree_fresh_and_forked(world):
+    names = [n for n in BENIGN if n not in ("pool", "joblib", "forest") or world.has["namespaces"] or world.has["user id"]]
+    forked = world.runs([BENIGN[n] for n in names])
+    world.pool.job["forked"] = False
+    fresh = world.runs([BENIGN[n] for n in names])
+    world.pool.job["forked"] = True
+    for name, a, b in zip(names, forked, fresh):
+        assert (a.outcome, "Traceback" in a.output) == ("no_submission", False), (name, a)
+        warned = "in serial mode" in b.output  # joblib, where Landlock alone keeps /dev/shm closed
+        assert warned or (a.outcome, a.output, a.exit) == (b.outcome, b.output, b.exit), (name, a, b)
+    differ = world.runs(["import numpy as np, random\nprint(np.random.rand(), random.random())"] * 4)
+    assert len({r.output for r in differ}) == 4
+
+
+def test_cancelled_programs_end_and_never_hit_the_next(world):
+    pool = world.pool
+    for round in range(30):  # cancellations race with programs that end
+        for i in range(4):
+            pool.submit(i, "pizza", f"import time; time.sleep({round / 1000})")
+        time.sleep(round / 300)
+        assert all(ran >= 0 for ran in pool.cancel())
+        for i in range(2):
+            pool.submit(("kept", round, i), "pizza", "open('submission.csv', 'w').write('kept')")
+        for _ in range(2):
+            key, r = pool.wait()
+            assert key[:2] == ("kept", round) and r["outcome"] == "ok", r
+
+
+def busy(pool):
+    """A worker that runs a program."""
+    while not (running := [slot for slot in pool.slots if slot.began]):
+        time.sleep(0.05)
+    time.sleep(0.7)
+    return running[0].process
+
+
+def test_after_a_workers_death_its_program_runs_once_more_and_is_then_infra(world):
+    world.pool.submit("again", "pizza", "import time; time.sleep(2); open('submission.csv', 'w').write('x')")
+    busy(world.pool).kill()
+    key, r = world.pool.wait()
+    assert (key, r["outcome"], r["submission"]) == ("again", "ok", b"x")
+    world.pool.submit("twice", "pizza", "import time; time.sleep(60)")
+    first = busy(world.pool)
+    first.kill()
+    first.wait()
+    time.sleep(0.3)
+    busy(world.pool).kill()
+    assert world.pool.wait()[1]["outcome"] == "infra"
+
+
+TRAINER = """
+import sys, dataclasses, pathlib, time
+sys.path.insert(0, {repo!r})
+import mlerl
+cfg = dataclasses.replace(mlerl.Config(), workers=2, timeout=60, memory_gb=1, disk_mb=50, run='none')
+try:
+    pool = mlerl.Pool(cfg, dict(pizza={public!r}), [{private!r}], 'x')
+    for i in range(4): pool.submit(i, 'pizza', "import subprocess; subprocess.run(['sleep', '1234'])")
+    while sum(slot.began is not None for slot in pool.slots) < 2: time.sleep(0.1)
+    time.sleep(1)
+    print(pool.stage, flush=True)
+    print(pool.wait())
+finally:
+    if 'pool' in globals(): pool.close()
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_end_of_the_trainer_leaves_nothing(world, sign):
+    code = TRAINER.format(repo=str(pathlib.Path(mlerl.__file__).parent), public=str(world.data / "public"),
+                          private=str(world.data / "private"))
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               text=True, start_new_session=True)
+    stage = trainer.stdout.readline().strip()
+    assert stage and leftovers(stage)
+    cpu = sum(map(int, open(f"/proc/{trainer.pid}/stat").read().split()[13:15]))
+    time.sleep(2)
+    assert sum(map(int, open(f"/proc/{trainer.pid}/stat").read().split()[13:15])) - cpu <= 2, "a waiting trainer is idle"
+    os.killpg(trainer.pid, sign)
+    trainer.wait(10)
+    end = time.monotonic() + 10
+    while (leftovers(stage) or os.path.exists(stage)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not leftovers(stage) and not os.path.exists(stage)
+
+
+def test_refuses_where_answers_or_trainer_are_open():
+    with pytest.raises(mlerl.UserError, match="unsafe-exec"):
+        World([[]])
+    world = World([[]], unsafe_exec=True)
+    assert any("NOT out of their reach: private answers" in line for line in world.pool.report)
+    world.close()
+
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="runs as an ordinary user already")
+def test_threats_as_an_ordinary_user(tmp_path):
+    """Some of these tests again without root, the Python of /root made readable by a bind mount."""
+    base = sys.base_prefix
+    box = pathlib.Path(tempfile.mkdtemp(prefix="user-"))
+    box.chmod(0o777)
+    script = "" if not base.startswith("/root/") else f"""
+        mkdir {box}/py && mount --bind {base} {box}/py && mount -t tmpfs -o mode=755 tmpfs /root || exit 99
+        mkdir -p {base} && mount --bind {box}/py {base} || exit 99
+    """
+    script += f"exec setpriv --reuid=65534 --regid=65534 --clear-groups env HOME={box} TMPDIR={box} "
+    script += f"{sys.executable} -m pytest -q -p no:cacheprovider {__file__} -k 'best and (answers or killed or elsewhere or outlives)'"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True)
+    subprocess.run(["rm", "-rf", box])
+    if done.returncode == 99 or "unshare" in done.stderr or "setpriv" in done.stderr or "No module" in done.stderr:
+        pytest.skip("no way to become an ordinary user: " + done.stderr[-200:])
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-500:]
 
 
 # --------------------------------------------------------------------------------------------------
