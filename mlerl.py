@@ -151,11 +151,11 @@ class Config:
 PRESETS = {
     "paper": {},
     "tiny": dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-                 sft_steps=400, sft_lr=2e-3, iterations=50, batch_size=64, mini_batch=32,
+                 sft_steps=400, sft_lr=2e-3, iterations=60, batch_size=64, mini_batch=32,
                  max_prompt_tokens=384, max_response_tokens=256, instrument="ast",
-                 lr=2e-4, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-                 reward="bounded", duration="none", timeout=20.0, cpu_limit=15.0, memory_gb=2.0,
-                 disk_mb=64),
+                 lr=2e-4, lr_end=0.5, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1,
+                 ppo_epochs=2, entropy_coef=0.003, reward="bounded", duration="none",
+                 timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64),
 }
 
 @dataclasses.dataclass
@@ -515,6 +515,8 @@ def enter_box(job, slot):
         for option, value in ((36, 1), (38, 1), (4, 0)):  # subreaper: nothing gets out of sight;
             libc("prctl", option, value, 0, 0, 0)  # no_new_privs; not dumpable: nor traceable
     if "namespaces" in job.walls:
+        if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 14):  # else global
+            pathlib.Path("/proc/sys/kernel/pid_max").write_text(str(max(301, job.max_procs)))
         private_mounts(slot)
     if "Landlock" in job.walls:
         files = """/dev/null /dev/zero /dev/full /dev/random /dev/urandom /usr /bin /lib /lib64
@@ -537,6 +539,7 @@ def become_program(job, work, output):
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
+    os.nice(10)  # the worker, which must be able to stop it, comes first
     os.chdir(work)
     os.environ.update(HOME=str(work), TMPDIR=f"{work}/tmp")
     for fd, source in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
@@ -563,14 +566,13 @@ def become_program(job, work, output):
     sys.argv = ["program.py"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")  # as pickling expects
     main.__file__ = str(work / "program.py")
-    run_main(compile((work / "program.py").read_bytes(), main.__file__, "exec", dont_inherit=True),
-             main.__dict__)
+    run_main(work / "program.py", main.__dict__)
 
-def run_main(code, namespace):
-    """Execute a program's code and end this process as the interpreter would."""
+def run_main(path, namespace):
+    """Execute a program and end this process as the interpreter would."""
     status = 1
     try:
-        exec(code, namespace)
+        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), namespace)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -607,14 +609,18 @@ def kill_all(job, first):
     raise OSError("processes of a program survive SIGKILL")
 
 def too_much(job, slot):
-    """"memory" or "crash" where processes or files exceed the limits or cannot be counted, or ""."""
-    used, procs, files, size, closed = 0, 0, 0, 0, []
-    for proc in filter(str.isdigit, os.listdir("/proc") if len(job.walls) > 1 else []):
+    """"memory" or "crash" where processes or files pass the limits or cannot be counted, or ""."""
+    used, pids, files, size, closed = 0, [], 0, 0, []
+    for pid in filter(str.isdigit, os.listdir("/proc") if len(job.walls) > 1 else []):
+        with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
+            if os.getpid() == 1 != int(pid) or os.stat(f"/proc/{pid}").st_uid == job.uid:
+                pids.append(pid)
+    if len(pids) > job.max_procs:
+        return "crash"
+    for pid in pids:
         try:
-            if os.getpid() == 1 != int(proc) or os.stat(f"/proc/{proc}").st_uid == job.uid:
-                procs += 1
-                text = pathlib.Path(f"/proc/{proc}/smaps_rollup").read_text()
-                used += int(re.search(r"Pss: +(\d+)", text)[1]) << 10  # shared pages are divided
+            text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+            used += int(re.search(r"Pss: +(\d+)", text)[1]) << 10  # shared pages are divided
         except PermissionError:  # a process can make itself unreadable
             return "memory"
         except (OSError, TypeError):  # it ended meanwhile
@@ -633,7 +639,7 @@ def too_much(job, slot):
     except (OSError, RecursionError):  # closed to us, or too deep
         return "crash"
     hidden = any(isinstance(error, PermissionError) for error in closed)
-    flood = hidden or size > job.disk_mb << 20 or procs > job.max_procs
+    flood = hidden or size > job.disk_mb << 20
     return "memory" if used > job.memory_gb * 2 ** 30 else "crash" * flood
 
 def watch(job, pid, slot, wake):
@@ -660,29 +666,31 @@ def execute(job, slot, wake):
     """Run one program in a new work folder; returns the fields of Attempt's group "Execution".
     "ok": ended without error and left a submission, which is in base64. No word of the output is
     believed: forging one may change the name of a program's failure, never make it a success."""
-    work, log = slot / "work", slot / "output"
+    work = slot / "work"
     (work / "tmp").mkdir(parents=True)
     (work / "program.py").write_bytes(job.code.encode(errors="replace"))
     (work / job.task).symlink_to(pathlib.Path(job.public, job.task))
     for path in (work, work / "tmp", work / "program.py") if "user id" in job.walls else ():
         os.chown(path, job.uid, job.uid)
-    spent, began = os.times(), time.monotonic()
-    with open(log, "ab") as output:
-        pid = os.fork()
+    folder = os.open(work, os.O_DIRECTORY)  # whatever a program puts in its place
+    with open(slot / "output", "a+b") as output:
+        spent, began, pid = os.times(), time.monotonic(), os.fork()
         if pid == 0:
             try:
                 become_program(job, work, output.fileno())
-            except BaseException as error:  # a syntax error, most likely
-                sys.excepthook(type(error), error.with_traceback(None), None)
+            except BaseException as error:
+                print("not started:", repr(error), file=sys.stderr)
             finally:
                 os._exit(77)
-    try:
-        status, why = watch(job, pid, slot, wake)
-        dt = job.timeout if why == "timeout" else time.monotonic() - began
-    finally:
-        kill_all(job, pid)
-    data = read_submission(work / "submission.csv") if status == 0 else None
-    text, marks = read_output(log, job.secret.encode(), job.output_kb << 10)
+        try:
+            status, why = watch(job, pid, slot, wake)
+            dt = job.timeout if why == "timeout" else time.monotonic() - began
+        finally:
+            kill_all(job, pid)
+        output.seek(0)
+        text, marks = read_output(output.read(), job.secret.encode(), job.output_kb << 10)
+    data = read_submission(folder) if status == 0 else None
+    os.close(folder)
     if not why and status:
         cpu = sum(os.times()[2:4]) - sum(spent[2:4])
         late = status in (-signal.SIGXCPU, -signal.SIGKILL) and cpu >= job.cpu_limit - 1
@@ -699,10 +707,9 @@ def name_failure(text):
     return ("import" if error in ("ImportError", "ModuleNotFoundError") else
             "memory" if error.endswith("MemoryError") else "crash")
 
-def read_output(log, secret, limit):
+def read_output(data, secret, limit):
     """(head and tail of what a program printed, without the secret; the marks in all of it). One
     behind a quote is only a traceback's view of an inserted line."""
-    data = log.read_bytes()
     marks = re.findall(rb"(?<!['\"])" + secret + rb" ([^\r\n]{0,200})", data)[:64]
     data = re.sub(secret + b" ?", b"", data)
     if len(data) > limit:
@@ -710,11 +717,11 @@ def read_output(log, secret, limit):
         data = data[:limit // 2] + cut + data[-limit // 2:]
     return data.decode(errors="replace"), [mark.decode(errors="replace") for mark in marks]
 
-def read_submission(path):
+def read_submission(folder):
     """Bytes of a submission or None, once all of the program's processes are dead. A link of either
     kind (to the answers?), a FIFO, a device, a folder and a gigantic file are none."""
     with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open("submission.csv", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         info = os.fstat(fd)
         if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION:
             with open(fd, "rb") as file:
@@ -724,10 +731,11 @@ def read_submission(path):
 def clean(job, slot):
     """Empty the box of what a program left, also closed folders, or thousands of them nested."""
     try:
-        shutil.rmtree(slot / "work")
-        os.unlink(slot / "output")
+        for entry in os.scandir(slot):
+            (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink)(entry.path)
     except (OSError, RecursionError):
-        subprocess.run("chmod -R u+rwX .; rm -rf ./*", shell=True, stderr=subprocess.DEVNULL)
+        subprocess.run("chmod -R u+rwX .; rm -rf ./* ./.[!.]*", shell=True,
+                       stderr=subprocess.DEVNULL)
     for entry in os.scandir("/dev/shm") if len(job.walls) > 1 else []:
         if os.getpid() == 1 or entry.stat(follow_symlinks=False).st_uid == job.uid:
             subprocess.run(["rm", "-rf", entry.path])
@@ -737,7 +745,7 @@ def clean(job, slot):
 def worker():
     """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
     stdout, which is the same socket. An empty line means: kill the program that runs."""
-    slot, trainer, boxed = pathlib.Path.cwd(), os.getppid(), False
+    slot, boxed = pathlib.Path.cwd(), False
     del sys.path[0]  # this file's folder, in which data and runs may lie: closed to programs
     os.umask(0o077)
     wake, wake_end = os.pipe()
@@ -755,8 +763,6 @@ def worker():
         with contextlib.suppress(OSError):  # the trainer is gone
             sys.stdout.buffer.write(json.dumps(result).encode() + b"\n")
             sys.stdout.buffer.flush()
-    if os.getppid() != trainer:  # it was killed, so we tidy up
-        subprocess.run(["rm", "-rf", slot.parent], stderr=subprocess.DEVNULL)
 
 # Attacks that the walls are to withstand, by a program of our own; the first two decide.
 CLAIMS = ("private answers", "the trainer", "files outside its folder", "home", "network")
@@ -834,6 +840,7 @@ class Slot:
                 self.process.wait(1)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+                self.process.wait()
 
 class Pool:
     """Runs programs, cfg.workers at a time, in threads that hand them to slots: workers go on while
@@ -855,6 +862,9 @@ class Pool:
         env |= {f"{name}_NUM_THREADS": threads for name in ("OMP", "OPENBLAS", "MKL")}
         env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         self.stage, self.free = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-")), queue.SimpleQueue()
+        self.janitor = subprocess.Popen(  # clears up when we end, however we end
+            ["sh", "-c", 'cat; sleep 1; rm -rf "$0"', self.stage], stdin=subprocess.PIPE,
+            start_new_session=True)
         uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
         self.slots = [Slot(self.stage / f"slot{k}", uid + k, env) for k in range(count)]
         for slot in self.slots:
@@ -947,7 +957,7 @@ class Pool:
         for slot in self.slots:
             slot.close()
         self.threads.shutdown()
-        subprocess.run(["rm", "-rf", self.stage])
+        self.janitor.communicate()
 
 # §7 Reward (Alg. 1 l. 5, Sec. 3.2) ----------------------------------------------------------------
 FAIL, MARK = -10.0, 0.1  # a total failure; each milestone it reached nevertheless (Sec. 3.2)

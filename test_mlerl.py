@@ -2344,7 +2344,9 @@ class World:
         (self.folder / "run").mkdir()
         (self.data / "public/train.csv").write_text("id,x\n1,2\n")
         (self.data / "private/answers.csv").write_text(ANSWER)
-        (self.data / "private/answers.csv").chmod(0o600)  # as the trainer leaves it
+        (self.data / "private/submission.csv").write_text(ANSWER)  # under the name it looks for
+        for path in (self.data / "private").iterdir():
+            path.chmod(0o600)  # as the trainer leaves them
         (self.folder / "run/attempts.jsonl").write_text("THE-ANSWER")
         (self.folder / "run").chmod(0o700)
         self.canary = subprocess.Popen(["sleep", "1000"], env={"TOKEN": "ENVIRONMENT-SECRET"})
@@ -2354,6 +2356,11 @@ class World:
         keep, mlerl.WALLS = mlerl.WALLS, walls
         try:
             self.pool = mlerl.Pool(self.cfg, {"pizza": self.data / "public"}, [self.data / "private"], SECRET)
+        except mlerl.UserError as problem:
+            self.canary.kill()
+            if walls is LEVELS["best"] or walls == [[]]:
+                raise
+            pytest.skip(f"these walls do not work on this machine: {str(problem)[:150]}")
         finally:
             mlerl.WALLS = keep
         print(*self.pool.report, sep="\n")
@@ -2460,10 +2467,14 @@ def test_threat_submission_is_no_plain_file(world):
              "os.mkfifo('submission.csv')", "os.mkdir('submission.csv')",
              "os.mknod('submission.csv', 0o20666, os.makedev(1, 5))",
              "os.mknod('disk', 0o60666, os.makedev(254, 0)); print('EVIL', open('disk', 'rb').read(9))",
-             "d = os.getcwd(); os.rename(d, d + 'x'); os.symlink('<private>', d); print('EVIL')",
+             "d = os.getcwd(); os.rename(d, d + 'x'); os.symlink('<private>', d)",
              "f = open('submission.csv','w'); f.truncate(10**12)", "os.chmod('.', 0)"]
     for r in world.runs([f"import os\ntry:\n    {make}\nexcept OSError as e: print(e)" for make in makes]):
         assert not r.submission and r.outcome in ("no_submission", "crash", "ok") and "EVIL" not in r.output, r
+    r = world.run("import os\nos.chdir('..')\nfor name in ('output', 'work', 'left'):\n    try:\n"
+                  "        os.rename(name, name + 'x') if os.path.exists(name) else None\n        os.mkfifo(name)\n"
+                  "    except OSError: pass", timeout=5)  # the log, too, is read as it was opened
+    assert r.outcome == "no_submission" and r.dt < 5
     big, swap = world.runs(["f = open('submission.csv','wb'); f.truncate(20 << 20)", """
 import os
 open('submission.csv','w').write('first')
@@ -2502,7 +2513,8 @@ for pid in (<trainer>, <canary>, os.getppid()):
     if pid:
         if libc.ptrace(16, pid, None, None) != -1 or libc.ptrace(0x4206, pid, None, None) != -1: print('TRACED', pid)
         fd = libc.syscall(434, pid, 0)
-        if fd >= 0 and (libc.syscall(438, fd, 0, 0) >= 0 or libc.syscall(424, fd, 19, None, 0) == 0): print('PIDFD', pid)
+        if fd >= 0 and libc.syscall(438, fd, 0, 0) >= 0: print('PIDFD', pid)
+        if fd >= 0 and pid > 1 and libc.syscall(424, fd, 19, None, 0) == 0: print('PIDFD', pid)  # 1: deaf to it
     for name in ('oom_score_adj', 'mem', 'clear_refs'):
         try: open(f'/proc/{pid}/{name}', 'w').write('1'); print('WROTE', pid)
         except OSError: pass
@@ -2597,11 +2609,12 @@ def test_threat_writing_elsewhere(world):
     """Outside the work folder, into data, another program's folder, site-packages."""
     r = world.run("""
 import os, json, pandas, sys
-for place in ['..', '/', '/tmp', '/etc', os.path.dirname(json.__file__), os.path.dirname(pandas.__file__), sys.prefix, '<world>',
+own = os.path.dirname(os.getcwd())  # its box, which is emptied after it
+for place in ['../..', '/', '/tmp', '/etc', os.path.dirname(json.__file__), os.path.dirname(pandas.__file__), sys.prefix, '<world>',
               '<private>', '<home>', '<stage>', '<stage>/slot0', '<stage>/slot0/work', '<stage>/slot1', '<stage>/slot1/work',
               'pizza/prepared/public', '/var/tmp', '/run', '/dev', '/proc/sys/kernel', '/sys/fs/cgroup']:
     try:
-        if os.path.realpath(place) != os.getcwd(): open(place + '/EVIL', 'w').write('x'); print('WROTE', place)
+        if not os.path.realpath(place).startswith(own): open(place + '/EVIL', 'w').write('x'); print('WROTE', place)
     except OSError: pass
 for path in ('pizza/prepared/public/train.csv', '<answers>', json.__file__):
     for how in (lambda: open(path, 'a'), lambda: os.truncate(path, 0), lambda: os.unlink(path), lambda: os.rename(path, path + 'x'),
@@ -2629,8 +2642,9 @@ for place in places:
     try: print(*['FOUND' for f in os.listdir(place) if f.startswith('MINE') and f != 'MINE<n>'])
     except OSError: pass
 for n in (0, 1):
-    try: open(f'<stage>/slot{n}/output').read(); print('FOUND')
-    except OSError: pass
+    if not os.getcwd().startswith(f'<stage>/slot{n}/'):
+        try: open(f'<stage>/slot{n}/output').read(); print('FOUND')
+        except OSError: pass
 """
     for r in world.runs([spy.replace("<n>", n) for n in "12"]):
         assert r.outcome == "no_submission" and "FOUND" not in r.output, r
