@@ -140,6 +140,7 @@ class Config:
     output_kb: Count = 64  # KiB of terminal output kept, head and tail (CHOICE)
     max_procs: Count = 256  # processes and threads of a program (CHOICE)
     threads: Index = 0  # BLAS threads a program; 0: cores / workers
+    reuse: bool = False  # a program that is in flight already is not run a second time (CHOICE)
     fresh_interpreters: bool = False  # a new interpreter a program instead of a fork server
     unsafe_exec: bool = False  # run although answers or trainer cannot be protected here
     program_gpu: bool = False  # let programs see the GPU
@@ -151,11 +152,11 @@ class Config:
 PRESETS = {
     "paper": {},
     "tiny": dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-                 sft_steps=400, sft_lr=2e-3, iterations=60, batch_size=64, mini_batch=32,
+                 sft_steps=400, sft_lr=2e-3, iterations=50, batch_size=64, mini_batch=32,
                  max_prompt_tokens=384, max_response_tokens=256, instrument="ast",
-                 lr=2e-4, lr_end=0.5, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1,
-                 ppo_epochs=2, entropy_coef=0.003, reward="bounded", duration="none",
-                 timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64),
+                 lr=2e-4, lr_end=0.2, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1,
+                 ppo_epochs=2, entropy_coef=0.002, reward="bounded", duration="none",
+                 timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64, reuse=True),
 }
 
 @dataclasses.dataclass
@@ -181,6 +182,7 @@ class Attempt:
     exit: int | None = None  # exit status, or minus the signal
     output: str = ""  # stdout and stderr, head and tail, without the secret
     marks: list[str] = dataclasses.field(default_factory=list)  # what the inserted prints said
+    reused: bool = False  # the result is that of an identical program
     submission: bytes | None = None  # dropped once graded and logged
     # Reward
     score: float | None = None  # raw score on the rows that are rewarded, None if invalid
@@ -954,9 +956,14 @@ class Pool:
     def close(self):
         """End all workers and what they run."""
         self.cancel()
-        for slot in self.slots:
-            slot.close()
+        closing = [threading.Thread(target=slot.close) for slot in self.slots]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
         self.threads.shutdown()
+        subprocess.run(["rm", "-rf", self.stage])
+        self.janitor.kill()
         self.janitor.communicate()
 
 # §7 Reward (Alg. 1 l. 5, Sec. 3.2) ----------------------------------------------------------------
@@ -996,11 +1003,12 @@ class Environment:
             if cfg.drop_leaks:
                 grade.drop_columns(task["public"], task["leaks"])
         self.copies = lambda codes: {}
-        self.running, self.done = {}, collections.deque()  # id -> attempt; finished, not collected
+        self.running = {}  # key -> attempts that wait for the same execution
+        self.done = collections.deque()  # finished, not yet collected
 
     def unfinished(self):
         """All attempts in flight."""
-        return [*self.done, *self.running.values()]
+        return [*self.done, *(a for group in self.running.values() for a in group)]
 
     def submit(self, attempts):
         """Instrument and queue attempts as they come; one without plan or code fails at once
@@ -1013,8 +1021,11 @@ class Environment:
             if a.plan and a.code.strip():
                 code, a.placed = ((a.code, "") if mode == "none" else
                                   instrument(a.code, self.secret, copied.get(a.id)))
-                self.running[a.id] = a
-                self.pool.submit(a.id, a.task, code)
+                key = f"{a.task}:{a.code}" if self.cfg.reuse else a.id
+                group = self.running.setdefault(key, [])
+                group.append(a)
+                if len(group) == 1:
+                    self.pool.submit(key, a.task, code)
             else:
                 self.finish(a, dict(outcome="no_code"))
 
@@ -1023,7 +1034,9 @@ class Environment:
         if not self.done:
             key, result = self.pool.wait()
             self.executions += 1
-            self.finish(self.running.pop(key), result)
+            for k, a in enumerate(self.running.pop(key)):
+                self.finish(a, result)
+                a.reused = k > 0
         return self.done.popleft()
 
     def finish(self, a, result):
@@ -1556,7 +1569,8 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
         staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.unfinished()),
-        distinct=len({a.code for a in batch if a.code}), tokens=int(x.mask.sum()),
+        distinct=len({a.code for a in batch if a.code}), reused=sum(a.reused for a in batch),
+        tokens=int(x.mask.sum()),
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         **variance_parts(x.R, [a.valid for a in batch]),
         outcomes=dict(collections.Counter(a.outcome for a in batch)), lost_infra=lost["infra"],

@@ -1508,6 +1508,21 @@ def test_tick_counts_the_consumed(D, fakes):
     assert len(ticks) == 7
 
 
+@pytest.mark.parametrize("reuse, executions", [(True, 2), (False, 5)])
+def test_the_same_program_runs_once_in_a_batch_if_reuse_says_so(D, fakes, reuse, executions):
+    env, one, two = environment(D, reuse=reuse), script(dt=3.0, noise=0.3), script(dt=1.0)
+    submit_all(env, [one, one, two, one, one])
+    batch, _ = env.collect(5, 0, keep=True)
+    assert sorted(a.id for a in batch) == list(range(5))
+    assert len(FakePool.last.submitted) == executions
+    same = [a for a in batch if a.code == one]
+    assert len({(a.dt, a.score, a.R, a.outcome) for a in same}) == 1 and same[0].dt == 3.0
+    assert sum(a.reused for a in batch) == 5 - executions
+    submit_all(env, [one])  # a new batch runs it again
+    env.collect(1, 1, keep=True)
+    assert len(FakePool.last.submitted) == executions + 1
+
+
 def parts(policy, D, folder, sampler=None, seed=0, **changes):
     """All that `train` needs, in a run folder. What was saved there is loaded."""
     cfg = config(run=str(folder), model="tiny", **changes)  # "tiny": short prompts
@@ -1756,8 +1771,9 @@ def assert_same_run(one, two, folder_one, folder_two):
 
 
 @pytest.mark.parametrize("collect", ["wait", "carry", "first"])
-def test_resume_one_and_one_iterations_equal_two_bit_for_bit(fakes, D, policy, tmp_path, collect):
-    cfg = LEARNS | dict(collect=collect)
+@pytest.mark.parametrize("reuse", [False, True])
+def test_resume_one_and_one_iterations_equal_two_bit_for_bit(fakes, D, policy, tmp_path, collect, reuse):
+    cfg = LEARNS | dict(collect=collect, reuse=reuse)
     whole = trained(policy, D, tmp_path / "a", iterations=3, **cfg)
     trained(policy, D, tmp_path / "b", iterations=1, **cfg)
     halves = None
@@ -3389,3 +3405,97 @@ def test_own_task_made_from_a_csv(tmp_path):
     assert grade.grade(t, good, private / t["answers"]) == 1.0
     assert grade.grade(t, public / t["sample"], private / t["answers"]) < 0.8
     assert grade.medal(t, 1.0) is None and not grade.above_median(t, 1.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# python test_mlerl.py bench [seconds a figure]: ratios, measured side by side in one run
+# --------------------------------------------------------------------------------------------------
+MADE_UP = ("import numpy as np\nr = np.random.RandomState(0)\nx = r.rand(1000, 10)\n"
+           "y = x[:, 0] + r.rand(1000) > 1\n")
+BENCH = {
+    "imports only": "import pandas, sklearn.ensemble, sklearn.linear_model\nprint('done')\n",
+    "7 small logistic regressions": MADE_UP + "from sklearn.linear_model import LogisticRegression as L\n"
+    "for c in (.01, .03, .1, .3, 1, 3, 10): print(round(L(C=c).fit(x, y).score(x, y), 4))\n",
+    "gradient boosting, 40 rounds": MADE_UP + "from sklearn.ensemble import "
+    "HistGradientBoostingClassifier as H\nprint(H(max_iter=40).fit(x, y).score(x, y))\n",
+    "one CPU-second of training": MADE_UP + "import time\nfrom sklearn.linear_model import "
+    "LogisticRegression as L\nend = time.process_time() + 1\n"
+    "while time.process_time() < end: L().fit(x, y)\nprint('done')\n"}
+
+
+def rate(submit, wait, seconds):
+    """(programs a second, their outputs) with four in flight."""
+    begun, count, outputs = time.monotonic(), 0, set()
+    for _ in range(4):
+        submit()
+    while count < 4 or time.monotonic() < begun + seconds:
+        outputs.add(wait())
+        count += 1
+        submit()
+    spent = time.monotonic() - begun
+    for _ in range(4):
+        wait()
+    return count / spent, outputs
+
+
+def bench(seconds):
+    import concurrent.futures
+    env = dict(PATH=os.environ["PATH"], PYTHONHASHSEED="0", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+    def plain(code):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout
+
+    world = World(mlerl.WALLS)
+    pool, usual = world.pool, world.pool.job
+    print(f"\n{'programs a second, 2 workers':32}{'subprocess.run':>15}{'fresh':>8}{'forked':>8}{'forked/plain':>14}")
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for name, code in BENCH.items():
+            waiting, rates = [], []
+            rates.append(rate(lambda: waiting.append(threads.submit(plain, code)),
+                              lambda: waiting.pop(0).result(), seconds))
+            for forked in (False, True):
+                pool.job = usual | dict(forked=forked)
+                rates.append(rate(lambda: pool.submit(object(), "pizza", code),
+                                  lambda: pool.wait()[1]["output"], seconds))
+            (a, out), (b, fresh), (c, ours) = rates
+            print(f"{name:32}{a:15.2f}{b:8.2f}{c:8.2f}{c / a:13.1f}x  outputs equal: {out == fresh == ours}")
+    pool.job = usual
+
+    print("\nmilliseconds of an empty forked program in a row of them, medians of rounds side by side")
+    spent = {}
+    for _ in range(8):
+        for walls in ([], usual["walls"]):
+            for slot in pool.slots:
+                slot.close() if spent.get("last") != walls else None
+            spent["last"], pool.job = walls, usual | dict(walls=walls)
+            world.run("pass")
+            begun = time.monotonic()
+            for _ in range(20):
+                world.run("pass")
+            spent.setdefault(str(walls), []).append((time.monotonic() - begun) / 20 * 1000)
+    del spent["last"]
+    for walls, times in spent.items():
+        print(f"{walls:50}{sorted(times)[len(times) // 2]:8.1f}")
+    for slot in pool.slots:
+        slot.close()
+    pool.job = usual
+
+    rng, B, m, busy = random.Random(0), 16, 2, 0.0
+    world.runs(["pass"] * 4)
+    begun, n = time.monotonic(), 0
+    while time.monotonic() < begun + 10 * seconds:  # `carry`: sample, take B, update for a second
+        while len(pool.futures) < m * B:
+            pool.submit(n, "pizza", f"import time; time.sleep({0.1 * 100 ** rng.random()})")
+            n += 1
+        busy += sum(pool.wait()[1]["dt"] for _ in range(B))
+        time.sleep(1)
+    spent = time.monotonic() - begun
+    busy += sum(time.monotonic() - slot.began for slot in pool.slots if slot.began)
+    busy += sum(f.result()["dt"] for f in pool.futures if f.done())
+    print(f"\nidle share of 2 workers under carry, B = {B}, m = {m}, 0.1 to 10 s: {1 - busy / (2 * spent):.1%}")
+    pool.cancel()
+    world.close()
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["bench"]:
+    bench(float(sys.argv[2]) if len(sys.argv) > 2 else 10.0)
