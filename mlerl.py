@@ -518,7 +518,8 @@ def enter_box(job, slot):
             libc("prctl", option, value, 0, 0, 0)  # no_new_privs; not dumpable: nor traceable
     if "namespaces" in job.walls:
         if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 14):  # else global
-            pathlib.Path("/proc/sys/kernel/pid_max").write_text(str(max(301, job.max_procs)))
+            limit = 332 + job.max_procs  # the first 300 ids are used only once
+            pathlib.Path("/proc/sys/kernel/pid_max").write_text(str(limit))
         private_mounts(slot)
     if "Landlock" in job.walls:
         files = """/dev/null /dev/zero /dev/full /dev/random /dev/urandom /usr /bin /lib /lib64
