@@ -32,6 +32,7 @@ SHORT_SYSTEM = "Write one Python program that solves the task."
 
 # Prompts (App. C) ---------------------------------------------------------------------------------
 def chat(system, user):
+    """Messages of a system prompt and a user's turn."""
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 def describe(task, snippet, packages):
@@ -69,8 +70,9 @@ def improve(task, snippet, packages, plan, code, output, short=False):
     if short:  # the last lines hold the losses, here cut to three digits
         tail = "".join(re.sub(r"(\.\d{3})\d+", r"\1", line) + "\n"
                        for line in output.splitlines()[-4:] if len(line) < 40)
-        return chat(SHORT_SYSTEM, f"Task: {task['name']} ({task['metric']})\nImprove:\n{plan}\n"
-                                  f"{code}Output:\n{tail}")
+        messages = solve(task, snippet, packages, short)
+        messages[-1]["content"] += f"Improve:\n{plan}\n{code}Output:\n{tail}"
+        return messages
     asked = ("You have already implemented a solution to the task below. Revise it so that it does "
              "better on the test set. Parts that you keep must be repeated in full, because only "
              "the new program is run.")
