@@ -155,7 +155,7 @@ def grade(task, submission, answers, rows=None):
     truth, as_text = read_answers(task, answers), task["metric"] == "word_jaccard"
     keep = np.ones(len(truth), bool) if rows is None else np.asarray(rows, bool)
     with np.errstate(all="ignore"):
-        with blame(DataError, "these answers, or the rows chosen of them, cannot be graded"):
+        with blame(DataError, "these answers, or their rows by --report-fold, cannot be graded"):
             wanted = {c: (texts(truth[c]) if as_text else truth[c].to_numpy())[keep]
                       for c in task["targets"]}
             if not np.isfinite(measure(task, wanted, wanted)):

@@ -14,54 +14,32 @@ D, D_prev   tasks; solutions to be improved      R, dt    reward; seconds the pr
 N, B, m     iterations, batch, oversampling      V, A, w  value, advantage, duration weight
 The paper's gamma is both a learning rate (Alg. 1) and a discount (Table 3): here `lr` and `gamma`.
 In shapes, B or b is sequences, T response tokens, P prompt tokens, d hidden size, n tokens.
-`CHOICE:` marks what the paper leaves open, `DEVIATION:` what differs from it: grep for both.
-
-Contents
-    §1  Config and Attempt (Table 3)
-    §2  Algorithm 1
-    §3  Tasks and prompts (Alg. 1 l. 2 and 8, Sec. 3.3)
-    §4  Sampling (Alg. 1 l. 3)
-    §5  Environment instrumentation (Alg. 1 l. 4, Sec. 3.2, App. C.3)
-    §6  Execution (Alg. 1 l. 4-5)
-    §7  Reward (Alg. 1 l. 5, Sec. 3.2)
-    §8  Actor, critic, reference (Table 3)
-    §9  Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3)
-    §10 Update (Alg. 1 l. 7)
-    §11 Evaluation (Sec. 3.3, Sec. 4.1)
-    §12 Run folder, checkpoint, resume
-    §13 Metrics and figures (Fig. 1, 2, 7-10)
-    §14 Supervised fine-tuning and the tiny policy
-    §15 Command line
+`CHOICE:` marks what the paper leaves open, `DEVIATION:` what differs from it; `# §` finds sections.
 """
 from __future__ import annotations
 
 import ast, atexit, base64, collections, concurrent.futures, contextlib, copy, ctypes, dataclasses
-import errno, fcntl, gc, glob, hashlib, importlib, inspect, io, itertools, json, math, os, pathlib
-import queue, random, re, resource, secrets, select, shutil, signal, socket, stat, struct
-import subprocess, sys, tempfile, threading, time, types, weakref
+import errno, fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math
+import os, pathlib, queue, random, re, resource, secrets, select, shutil, signal, socket, stat
+import struct, subprocess, sys, tempfile, threading, time, types, weakref
 from typing import Annotated, Literal
 
+import numpy as np
+import pandas as pd
+import tqdm
 from annotated_types import Interval
 
-import prompts
+import grade, prompts
+from grade import DataError as UserError  # what is wrong and what the user can do, in one line
 
-def import_libraries():
-    """Bind the large libraries as globals, once arguments are parsed: `--help` and the processes
-    that execute programs start without them."""
-    global checkpoint, grade, np, pd, torch, tqdm, transformers
-    import numpy as np
-    import pandas as pd
+def import_torch():
+    """Bind the slow libraries as globals: `--help` and workers (§6) start without them."""
+    global checkpoint, torch, transformers
     import torch
-    import tqdm
     import transformers
     from torch.utils.checkpoint import checkpoint
-
-    import grade
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-class UserError(ValueError):
-    """What the user can put right, in one line that says what is wrong and what to do."""
 
 # §1 Config and Attempt (Table 3) ------------------------------------------------------------------
 Count, Index = Annotated[int, Interval(ge=1, le=1e9)], Annotated[int, Interval(ge=0, le=1e9)]
@@ -112,7 +90,7 @@ class Config:
     report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
     # Learner
     lr: Size = 1e-5  # actor (Table 3)
-    lr_end: Share = 1.0  # share of both learning rates left at iteration N, linear (1: Table 3)
+    anneal_to: Share = 1.0  # share left of lr, critic_lr, entropy_coef at iteration N (1: Table 3)
     critic_lr: Size = 1e-5  # critic (Table 3)
     critic_init_std: Size = 0.02  # of the critic's new head
     critic_warmup: Index = 0  # first iterations that update the critic only (CHOICE)
@@ -147,21 +125,20 @@ class Config:
     eval_samples: Count = 128  # samples of an evaluation (Sec. 4.1)
     save_every: Count = 10  # iterations between checkpoints (CHOICE)
 
-# CHOICE: the tiny policy's settings. Only the first line is about scale; README gives the reasons
-# for the rest and shows the paper's own settings beside them.
+# CHOICE: the tiny policy's settings; README gives the reasons.
 PRESETS = {
     "paper": {},
     "tiny": dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-                 sft_steps=400, sft_lr=2e-3, iterations=50, batch_size=64, mini_batch=32,
+                 sft_steps=400, sft_lr=2e-3, iterations=64, batch_size=64, mini_batch=32,
                  max_prompt_tokens=384, max_response_tokens=256, instrument="ast",
-                 lr=2e-4, lr_end=0.2, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1,
-                 ppo_epochs=2, entropy_coef=0.002, reward="bounded", duration="none",
+                 lr=2e-4, anneal_to=0.1, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1,
+                 ppo_epochs=2, entropy_coef=0.012, reward="bounded", duration="none",
                  timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64, reuse=True),
 }
 
 @dataclasses.dataclass
 class Attempt:
-    """One action from prompt to reward. Each stage fills its own group of fields."""
+    """One action from prompt to reward."""
 
     # Prompt s
     task: str
@@ -183,7 +160,7 @@ class Attempt:
     output: str = ""  # stdout and stderr, head and tail, without the secret
     marks: list[str] = dataclasses.field(default_factory=list)  # what the inserted prints said
     reused: bool = False  # the result is that of an identical program
-    submission: bytes | None = None  # dropped once graded and logged
+    submission: bytes | None = None  # dropped once logged
     # Reward
     score: float | None = None  # raw score on the rows that are rewarded, None if invalid
     report: float | None = None  # raw score on the rows that are reported
@@ -206,7 +183,7 @@ def train(cfg, D, learner, sampler, env, maker, run):
     wanted, keep = dict(carry=(m * B, True), first=(m * B, False), wait=(B, True))[cfg.collect]
     D_prev = run.D_prev
     env.submit(run.in_flight)  # a checkpoint holds actions, not their processes: run them again
-    bar = run.bar(N * B, "training", run.iteration * B)
+    bar = progress(desc="training", total=N * B, initial=run.iteration * B)
     for i in range(run.iteration, N):                                         # l. 1
         began = time.monotonic()
         n = round(wanted) - len(env.unfinished())
@@ -225,10 +202,9 @@ def train(cfg, D, learner, sampler, env, maker, run):
         D_prev = [a for a in batch if a.valid]                                # l. 8: a new buffer
 
         run.iteration, run.D_prev, run.in_flight = i + 1, D_prev, env.unfinished()
-        run.executions = env.executions
-        row = iteration_metrics(i, batch, lost, x, w, returns, stats, env)
-        run.log(batch, row | dict(sample_s=sampled - began, execute_s=executed - sampled,
-                                  update_s=time.monotonic() - executed))
+        stats |= dict(sample_s=sampled - began, execute_s=executed - sampled,
+                      update_s=time.monotonic() - executed)
+        run.log(batch, iteration_metrics(i, batch, lost, x, w, returns, stats, env))
         if (i + 1) % cfg.save_every == 0 or i + 1 == N:
             run.save(learner)
     bar.close()
@@ -240,19 +216,13 @@ def open_tasks(cfg):
     answers: those that are rewarded, those that are reported). Raises UserError."""
     D = {}
     for name in grade.load_tasks() if cfg.task == "all" else cfg.task.split(","):
-        try:
-            task = dict(grade.load_task(name.strip()))
-            task["standin"] = grade.ensure_data(task, cfg.data_dir, cfg.raw or None)
-            task["public"], task["private"] = grade.paths(task, cfg.data_dir)
-            task["truth"] = grade.read_answers(task, task["private"] / task["answers"])
-            fold = np.random.default_rng(cfg.seed).random(len(task["truth"])) < cfg.report_fold
-            task["rows"] = ~fold
-            task["report_rows"] = fold if cfg.report_fold else ~fold  # 0: the paper's protocol
-            for rows in (task["rows"], task["report_rows"]):  # can they be graded at all?
-                with contextlib.suppress(grade.InvalidSubmission):
-                    grade.grade(task, task["public"] / task["sample"], task["truth"], rows)
-        except grade.DataError as problem:
-            raise UserError(f"{problem} (--report-fold {cfg.report_fold})")
+        task = dict(grade.load_task(name.strip()))
+        task["standin"] = grade.ensure_data(task, cfg.data_dir, cfg.raw or None)
+        task["public"], task["private"] = grade.paths(task, cfg.data_dir)
+        task["truth"] = grade.read_answers(task, task["private"] / task["answers"])
+        fold = np.random.default_rng(cfg.seed).random(len(task["truth"])) < cfg.report_fold
+        task["rows"] = ~fold
+        task["report_rows"] = fold if cfg.report_fold else ~fold  # 0: the paper's protocol
         D[task["name"]] = task
     return D
 
@@ -266,7 +236,8 @@ class PromptMaker:
 
     def __init__(self, cfg, D, tokenizer):
         self.cfg, self.tokenizer, self.skipped = cfg, tokenizer, 0  # skipped: too long to improve
-        self.packages, widths = prompts.importable(sys.executable), (200, 80, 30, 0)
+        self.packages = prompts.importable(sys.executable)
+        widths = (200, 80, 30, 0)  # characters of a value in the snippet of the data
         self.snippets = {(name, width): prompts.snippet(task, width) if width else ""
                          for name, task in D.items() for width in widths}
         self.solve_ids = {name: self.fit(prompts.solve, [(task, width) for width in widths])
@@ -279,8 +250,7 @@ class PromptMaker:
         for task, width, *parts in ladder:  # CHOICE: the tiny policy gets short prompts
             chat = build(task, self.snippets[task["name"], width], self.packages, *parts,
                          short=self.cfg.model == "tiny")
-            ids = encode(self.tokenizer, chat)
-            if len(ids) <= self.cfg.max_prompt_tokens:
+            if len(ids := encode(self.tokenizer, chat)) <= self.cfg.max_prompt_tokens:
                 return ids
         return []
 
@@ -312,8 +282,8 @@ def draw_prompts(D, D_prev, n, maker, run, p_improve):
 
 # §4 Sampling (Alg. 1 l. 3) ------------------------------------------------------------------------
 class HFSampler:
-    """Samples with transformers. A sampler has one method, `sample`, that yields each attempt as
-    soon as its response is there: programs start to run before sampling ends."""
+    """Samples with transformers. A sampler has one method, `sample`, that yields attempts as soon
+    as their responses are there: programs of one chunk run while the next is sampled."""
 
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.eos = cfg, tokenizer, tokenizer.eos_token_id
@@ -355,7 +325,6 @@ LOAD = {"read_csv", "read_json", "read_parquet", "load", "loads", "open"}
 PREDICT = {"predict", "predict_proba", "predict_log_proba", "decision_function"}
 LOSS = "loss|auc|acc|accuracy|score|error|rmse|mse|mae|logloss|kappa|f1"
 MARKERS = [marker for marker, _ in prompts.MILESTONES]
-OWN_PRINT = re.compile(rf"^([ \t]*)print\(f?['\"](?:{'|'.join(MARKERS)}).*\)[ \t]*$", re.MULTILINE)
 
 def calls(node):
     """Names of all that a statement calls, as in {"read_csv", "fit"}."""
@@ -381,9 +350,8 @@ def milestones(tree):
     trained = reached({"fit", "train"}, end)
     model = [n for n in simple if any(MODEL.search(c) for c in calls(n))][:1]
     loaded = reached(LOAD, model[0].lineno if model else end)
-    for marker, nodes in (("imported packages", imports), ("loaded data", loaded),
-                          ("defined model", model), ("trained model", trained),
-                          ("predicted test labels", predicted)):
+    stages = [marker for marker in MARKERS if not marker.endswith(":")]
+    for marker, nodes in zip(stages, (imports, loaded, model, trained, predicted)):
         yield from ((marker, n, None) for n in nodes)
     for marker, who in (("training loss:", "train|training"),
                         ("testing loss:", "test|testing|val|valid|validation|cv|oof|dev")):
@@ -401,72 +369,71 @@ def marker_print(node):
                     and all(isinstance(n, bare) for x in loss for n in ast.walk(x))):
                 return marker.strip(), ast.unparse(loss[0]) if loss else None
 
-def proposed(old, new, found):
-    """Whether syntax tree `new`, the frozen LM's copy of `old`, adds prints of milestones and
-    nothing else. Appends them to `found`, as `milestones` yields them."""
-    if type(old) is not type(new):
-        return False
-    if isinstance(old, ast.AST):
-        return all(proposed(getattr(old, field, None), getattr(new, field, None), found)
-                   for field in old._fields)
-    if not isinstance(old, list):
-        return old == new
-    k = 0
-    for item in new:
-        if k < len(old) and proposed(old[k], item, found):
-            k += 1
-        elif added := marker_print(item):
-            found += [(added[0], old[k - 1], added[1])] if k else []
-        else:
-            return False
-    return k == len(old)
+def rewrite(tree, new):
+    """Put the list new(statement) in the place of every statement of a syntax tree."""
+    for parent in list(ast.walk(tree)):
+        for field, value in ast.iter_fields(parent):
+            if isinstance(value, list):
+                setattr(parent, field, [x for old in value for x in new(old)])
+    return tree
 
-def instrument(code, secret, copied=None):
-    """(program with a print after each milestone, who placed them: "lm" or "ast") (Sec. 3.2).
+def without_own_prints(code):
+    """What the frozen LM may copy: a program whose own milestone prints are `pass`."""
+    tree = ast.parse(code)
+    return ast.unparse(rewrite(tree, lambda old: [ast.Pass()] if marker_print(old) else [old]))
+
+def instrument(code, secret, copied=""):
+    """(program with a print at each milestone, who placed them: "lm" or "ast") (Sec. 3.2).
 
     Each print carries the run's secret, so that prints of the policy's own earn nothing, and stands
-    inside try/except, so that it cannot make the program fail. `copied` is the frozen LM's copy: it
-    decides places only, and if it changed anything but prints, rules decide instead. What does not
-    parse comes back as it is.
+    inside try/except, so that it cannot make the program fail. Of the frozen LM's copy only the
+    places count: if it changed anything but prints, rules decide. What does not parse stays.
     """
-    found, by_lm, added = [], False, collections.defaultdict(list)
+    def ours(marker, loss):
+        words = f"'{secret} {marker}'" + (f", {loss}" if loss else "")
+        return ast.parse(f"try: print({words})\nexcept Exception: pass").body
+
+    def at_prints(change):
+        return lambda old: change(*found) if (found := marker_print(old)) else [old]
+
     try:
-        tree = ast.parse(OWN_PRINT.sub(r"\1pass", code) if copied else code)
+        tree, placed, after = ast.parse(code), "ast", collections.defaultdict(list)
         with contextlib.suppress(SyntaxError, ValueError):
-            by_lm = copied and proposed(tree, ast.parse(copied), found)
-        for marker, node, loss in found if by_lm else milestones(tree):
-            words = f"'{secret} {marker}'" + (f", {loss}" if loss else "")
-            added[node] += ast.parse(f"try: print({words})\nexcept Exception: pass").body
-        for parent in list(ast.walk(tree)):
-            for field, value in ast.iter_fields(parent):
-                if isinstance(value, list):
-                    setattr(parent, field, [x for old in value for x in (old, *added.get(old, ()))])
-        program = ast.unparse(tree) + "\n"
+            plain = rewrite(ast.parse(copied), at_prints(lambda *_: []))
+            if copied and ast.dump(plain) == ast.dump(ast.parse(without_own_prints(code))):
+                tree, placed = rewrite(ast.parse(copied), at_prints(ours)), "lm"
+        for marker, node, loss in milestones(tree) if placed == "ast" else ():
+            after[node] += ours(marker, loss)
+        program = ast.unparse(rewrite(tree, lambda old: [old, *after.get(old, ())])) + "\n"
+        compile(program, "program.py", "exec")
         same = ast.dump(ast.parse(program)) == ast.dump(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return code, ""
-    return (program, "lm" if by_lm else "ast") if same else (code, "")
+    return (program, placed) if same else (code, "")
 
-def lm_copies(codes, sampler, lm):
-    """{id: the frozen LM's copy of a program with the prints it was asked for} (App. C.3). The
-    policy's own prints of the same words are hidden from it."""
-    asked = [Attempt("", "instrument", encode(sampler.tokenizer, prompts.instrument(
-        OWN_PRINT.sub(r"\1pass", code))), id=k) for k, code in codes.items()]
-    return {a.id: a.code for a in sampler.sample(asked, lm, -1)}
+def lm_copies(attempts, sampler, lm):
+    """Pairs (attempt, the frozen LM's copy of its program with the prints asked for) (App. C.3)."""
+    asked, attempts = [], list(attempts)  # all of them together
+    for a in (a for a in attempts if a.code.strip()):
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            chat = prompts.instrument(without_own_prints(a.code) + "\n")
+            asked.append(Attempt("", "instrument", encode(sampler.tokenizer, chat), id=a.id))
+    copies = {copy.id: copy.code for copy in sampler.sample(asked, lm, -1)}
+    return [(a, copies.get(a.id, "")) for a in attempts]
 
 # §6 Execution (Alg. 1 l. 4-5) ---------------------------------------------------------------------
 #
 # Programs are hostile: in search of reward they find the answers if they can. The trainer, which
 # alone knows the answers, hands programs to workers. A worker is locked into a box for good, forks
 # one program at a time, watches it, kills all that it leaves, and empties the box. The walls:
-#   user id     one a slot, where the trainer is root: files, signals, limits of others
+#   user id     one a slot, where the trainer is root: files, signals and limits of others
 #   namespaces  the worker is process 1 of its own process ids, network and System V memory, with a
 #               /dev/shm of its own; everything but the slot's folder is mounted read-only
 #   Landlock    a list of folders that may be read or written; no TCP, signals or tracing outward
 # Not stopped: kernel bugs, side channels, what a program grabs between two looks (LOOK), UNIX
 # sockets in the file system, and marks forged by reading its own source: at most 0.7 over -10.
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
-         ["user id"], ["Landlock"], [])  # best first; the last two only with --unsafe-exec
+         [])  # best first; the last only with --unsafe-exec
 LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds between looks; files; bytes
 PRELOAD = """numpy pandas scipy.sparse joblib sklearn.compose sklearn.ensemble sklearn.linear_model
     sklearn.feature_extraction.text sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
@@ -483,14 +450,15 @@ def libc(name, *args):
     return value
 
 def private_mounts(slot):
-    """In an own mount namespace: only the slot's folder can be written, /dev/shm is new, and of
-    /run, where the sockets of the system's services are, nothing is left."""
-    path, bind, recursive = os.fsencode(slot), 1 << 12, 0x8000
+    """Make all but the slot's folder read-only, /dev/shm new, and /run, where services' sockets
+    are, empty. In an own mount namespace."""
+    path, bind, recursive, set_attributes = os.fsencode(slot), 1 << 12, 0x8000, 442
     libc("mount", path, path, None, bind, None)
     for where, on, off, flags in ((b"/", 1, 0, recursive), (path, 0, 1, 0)):  # read-only on or off
-        libc("syscall", 442, -100, where, flags, struct.pack("QQQQ", on, off, 0, 0), 32)
+        libc("syscall", set_attributes, -100, where, flags, struct.pack("QQQQ", on, off, 0, 0), 32)
+    no_setuid_no_devices, room = 2 | 4, b"size=256m,nr_inodes=20000"
     for where in (b"/dev/shm", b"/run"):
-        libc("mount", b"tmpfs", where, b"tmpfs", 2 | 4, b"size=256m")  # no setuid, no devices
+        libc("mount", b"tmpfs", where, b"tmpfs", no_setuid_no_devices, room)
     os.chdir(slot)  # what was mounted there just now
 
 def landlock(readable, writable):
@@ -503,44 +471,38 @@ def landlock(readable, writable):
     ruleset = libc("syscall", create, rules, len(rules), 0)
     read, on_files = 1 << 0 | 1 << 2 | 1 << 3, 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
     for path in filter(os.path.exists, [*readable, *writable]):
-        fd = os.open(path, os.O_PATH)
         allowed = (rights if path in writable else read) & (-1 if os.path.isdir(path) else on_files)
-        libc("syscall", add, ruleset, 1, struct.pack("=Qi", allowed & rights, fd), 0)
-        os.close(fd)
+        rule = struct.pack("=Qi", allowed & rights, os.open(path, os.O_PATH))
+        libc("syscall", add, ruleset, 1, rule, 0)
     libc("syscall", restrict, ruleset, 0)
 
 def enter_box(job, slot):
-    """Complete the walls around this worker, for good (Slot.open began), and import what programs
-    import: imports only, since forks would miss the threads of computations."""
+    """Complete the walls around this worker, for good, and import what programs import: imports
+    only, since forks would miss the threads of computations."""
     if LINUX:
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")  # killed before the trainer is
-        for option, value in ((36, 1), (38, 1), (4, 0)):  # subreaper: nothing gets out of sight;
-            libc("prctl", option, value, 0, 0, 0)  # no_new_privs; not dumpable: nor traceable
     if "namespaces" in job.walls:
         if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 14):  # else global
             limit = 332 + job.max_procs  # the first 300 ids are used only once
             pathlib.Path("/proc/sys/kernel/pid_max").write_text(str(limit))
         private_mounts(slot)
+    if LINUX:  # subreaper: nothing gets out of sight; no_new_privs; not dumpable: nor traceable
+        for option, value in ((36, 1), (38, 1), (4, 0)):
+            libc("prctl", option, value, 0, 0, 0)
     if "Landlock" in job.walls:
-        files = """/dev/null /dev/zero /dev/full /dev/random /dev/urandom /usr /bin /lib /lib64
-            /proc /sys/devices/system /sys/fs/cgroup /etc/alternatives /etc/fonts /etc/group
-            /etc/passwd /etc/ld.so.cache /etc/localtime /etc/nsswitch.conf""".split()
+        devices = [f"/dev/{name}" for name in "null zero full random urandom shm".split()]
         gpus = glob.glob("/dev/nvidia*") if job.program_gpu else []
-        shared = ["/dev/shm"] if len(job.walls) > 1 else []  # else it is everybody's
-        landlock([*files, *map(os.path.realpath, filter(None, sys.path)), sys.prefix,
-                  sys.base_prefix, job.public], [str(slot), *files[:5], *gpus, *shared])
+        system = """/usr /bin /lib /lib64 /proc /sys /etc/alternatives /etc/fonts /etc/group
+            /etc/passwd /etc/ld.so.cache /etc/localtime /etc/nsswitch.conf""".split()
+        landlock([*system, *map(os.path.realpath, filter(None, sys.path)), sys.prefix,
+                  sys.base_prefix, job.public], [str(slot), *devices, *gpus])
     for name in PRELOAD if job.forked else []:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    for finalizer in list(weakref.finalize._registry):
-        finalizer.atexit = False  # torch's take 25 ms at the end of every fork
-    gc.collect()
     gc.freeze()  # the collector must not touch, hence copy, pages that forks share
 
 def become_program(job, work, output):
     """Run program.py in this forked process as `python -u program.py` would. Never returns."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.nice(10)  # the worker, which must be able to stop it, comes first
     os.chdir(work)
@@ -549,7 +511,7 @@ def become_program(job, work, output):
         os.dup2(source, fd)
     os.closerange(3, 1024)  # a fork inherits everything
     # DATA, not AS: numpy reserves addresses that it never touches. NPROC counts all of a user's.
-    procs = job.max_procs + 4096 * (job.walls in (["Landlock"], []))
+    procs = job.max_procs + 4096 * (not job.walls)
     for name, limit in dict(CORE=0, CPU=math.ceil(job.cpu_limit), FSIZE=job.disk_mb << 20,
                             NOFILE=1024, DATA=int(job.memory_gb * 2 ** 30), NPROC=procs).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
@@ -565,17 +527,19 @@ def become_program(job, work, output):
     for module in ("numpy.random", "torch.random"):
         if module in sys.modules:  # else all forks would draw the same numbers
             sys.modules[module].seed()
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False  # torch's would take 25 ms
     sys.path.insert(0, str(work))
     sys.argv = ["program.py"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")  # as pickling expects
     main.__file__ = str(work / "program.py")
-    run_main(work / "program.py", main.__dict__)
+    run_main(main.__file__, main.__dict__)
 
 def run_main(path, namespace):
     """Execute a program and end this process as the interpreter would."""
     status = 1
     try:
-        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), namespace)
+        exec(compile(open(path, "rb").read(), path, "exec", dont_inherit=True), namespace)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -592,18 +556,15 @@ def run_main(path, namespace):
 def kill_all(job, first):
     """Kill and reap all that a program left, at one stroke: a sweep would miss what forks."""
     with contextlib.suppress(ProcessLookupError):
-        if os.getpid() == 1:
-            os.kill(-1, signal.SIGKILL)  # all in this namespace
-        elif "user id" not in job.walls:
-            os.killpg(first, signal.SIGKILL)
+        if os.getpid() == 1 or "user id" not in job.walls:
+            os.kill(-1 if os.getpid() == 1 else -first, signal.SIGKILL)  # the namespace, the group
         elif os.fork() == 0:
             try:
                 os.setresuid(*[job.uid] * 3)
                 os.kill(-1, signal.SIGKILL)  # all of this user
             finally:
                 os._exit(0)
-    patience = time.monotonic() + 20
-    while time.monotonic() < patience:
+    for _ in range(50000):
         try:  # orphans are our children, since we are process 1 or a subreaper
             if not os.waitpid(-1, os.WNOHANG)[0]:
                 time.sleep(0.0002)
@@ -612,60 +573,51 @@ def kill_all(job, first):
     raise OSError("processes of a program survive SIGKILL")
 
 def too_much(job, slot):
-    """"memory" or "crash" where processes or files pass the limits or cannot be counted, or ""."""
-    used, pids, files, size, closed = 0, [], 0, 0, []
-    for pid in filter(str.isdigit, os.listdir("/proc") if len(job.walls) > 1 else []):
-        with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
-            if os.getpid() == 1 != int(pid) or os.stat(f"/proc/{pid}").st_uid == job.uid:
-                pids.append(pid)
-    if len(pids) > job.max_procs:
-        return "crash"
-    for pid in pids:
-        try:
+    """"memory" or "crash" where processes or files pass the limits or hide, else ""."""
+    count, memory, files, size, errors = 0, 0, 0, 0, []
+    for pid in filter(str.isdigit, os.listdir("/proc") if job.walls else ()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, TypeError):  # it ended
+            alone = os.getpid() == 1  # in the namespace
+            if int(pid) == os.getpid() or not alone and os.stat(f"/proc/{pid}").st_uid != job.uid:
+                continue
+            if (count := count + 1) > job.max_procs:
+                return "crash"
             text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-            used += int(re.search(r"Pss: +(\d+)", text)[1]) << 10  # shared pages are divided
-        except PermissionError:  # a process can make itself unreadable
-            return "memory"
-        except (OSError, TypeError):  # it ended meanwhile
-            pass
-    try:
-        for top, onerror in ((slot, closed.append), ("/dev/shm", None)):
-            for folder, names, more in os.walk(top, onerror=onerror):
-                for name in names + more:
-                    info = os.lstat(os.path.join(folder, name))
-                    if top == slot or os.getpid() == 1 or info.st_uid == job.uid:
-                        files, size = files + 1, size + info.st_blocks * 512
-                if files > MAX_FILES:
-                    return "crash"
-    except FileNotFoundError:  # removed meanwhile
-        size = 0
-    except (OSError, RecursionError):  # closed to us, or too deep
-        return "crash"
-    hidden = any(isinstance(error, PermissionError) for error in closed)
-    flood = hidden or size > job.disk_mb << 20
-    return "memory" if used > job.memory_gb * 2 ** 30 else "crash" * flood
+            memory += int(re.search(r"Pss: +(\d+)", text)[1]) << 10  # shared pages are divided
+    for folder, *names in itertools.chain(os.walk(slot, onerror=errors.append),
+                                          os.walk("/dev/shm" if job.walls else os.devnull)):
+        for name in itertools.chain(*names):
+            with contextlib.suppress(FileNotFoundError):
+                info = os.lstat(os.path.join(folder, name))
+                if info.st_uid == job.uid:
+                    files, size = files + 1, size + info.st_blocks * 512
+        if files > MAX_FILES or size > job.disk_mb << 20:
+            return "crash"
+    hidden = any(not isinstance(error, FileNotFoundError) for error in errors)
+    return "memory" if memory > job.memory_gb * 2 ** 30 else "crash" * hidden
 
-def watch(job, pid, slot, wake):
+def watch(job, pid, slot):
     """Wait until the program's first process ends or must end: (exit status or None, why)."""
     now = time.monotonic()
     end, look = now + job.timeout, now + LOOK
     while now < end:
-        ready = select.select([wake, 0], [], [], max(0, min(look, end) - now))[0]
-        if 0 in ready:  # the trainer wants it no more, or is gone
+        ended, status = os.waitpid(-1, os.WNOHANG)  # the program, or an orphan of it
+        if ended == pid:
+            return os.waitstatus_to_exitcode(status), ""
+        if select.select([0], [], [], 0.002)[0]:  # the trainer wants it no more, or is gone
             return None, "cancelled"
-        ended = wake in ready and os.read(wake, 512)  # a child: the program, or an orphan of it
-        while ended:
-            ended, status = os.waitpid(-1, os.WNOHANG)
-            if ended == pid:
-                return os.waitstatus_to_exitcode(status), ""
         now = time.monotonic()
         if now >= look:
-            if why := too_much(job, slot):
+            try:
+                why = too_much(job, slot)
+            except (OSError, RecursionError):
+                why = "crash"
+            if why:
                 return None, why
             look = time.monotonic() + LOOK
     return None, "timeout"
 
-def execute(job, slot, wake):
+def execute(job, slot):
     """Run one program in a new work folder; returns the fields of Attempt's group "Execution".
     "ok": ended without error and left a submission, which is in base64. No word of the output is
     believed: forging one may change the name of a program's failure, never make it a success."""
@@ -676,17 +628,15 @@ def execute(job, slot, wake):
     for path in (work, work / "tmp", work / "program.py") if "user id" in job.walls else ():
         os.chown(path, job.uid, job.uid)
     folder = os.open(work, os.O_DIRECTORY)  # whatever a program puts in its place
-    with open(slot / "output", "a+b") as output:
+    with tempfile.TemporaryFile(dir=slot) as output:
         spent, began, pid = os.times(), time.monotonic(), os.fork()
         if pid == 0:
             try:
                 become_program(job, work, output.fileno())
-            except BaseException as error:
-                print("not started:", repr(error), file=sys.stderr)
             finally:
                 os._exit(77)
         try:
-            status, why = watch(job, pid, slot, wake)
+            status, why = watch(job, pid, slot)
             dt = job.timeout if why == "timeout" else time.monotonic() - began
         finally:
             kill_all(job, pid)
@@ -733,42 +683,44 @@ def read_submission(folder):
 
 def clean(job, slot):
     """Empty the box of what a program left, also closed folders, or thousands of them nested."""
+    os.chmod(slot, 0o711)
     try:
         for entry in os.scandir(slot):
             (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink)(entry.path)
     except (OSError, RecursionError):
-        subprocess.run("chmod -R u+rwX .; rm -rf ./* ./.[!.]*", shell=True,
-                       stderr=subprocess.DEVNULL)
-    for entry in os.scandir("/dev/shm") if len(job.walls) > 1 else []:
-        if os.getpid() == 1 or entry.stat(follow_symlinks=False).st_uid == job.uid:
-            subprocess.run(["rm", "-rf", entry.path])
+        aside(f"chmod -R u+rwX {slot}; find {slot} -mindepth 1 -delete")
+    if job.walls and os.listdir("/dev/shm"):
+        aside(f"chmod -R u+rwX /dev/shm; find /dev/shm -mindepth 1 -user {job.uid} -delete")
     if os.getpid() == 1 and pathlib.Path("/proc/sysvipc/shm").read_text().count("\n") > 1:
-        subprocess.run(["ipcrm", "--all"])  # System V memory
+        aside("ipcrm --all")  # System V memory
+
+def aside(command):
+    """Run a shell command out of reach of programs: away from their folder and our pipes."""
+    subprocess.run(command, shell=True, cwd="/", stdin=-3, stdout=-3, stderr=-3)
 
 def worker():
     """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
-    stdout, which is the same socket. An empty line means: kill the program that runs."""
+    stdout. An empty line means: kill the program that runs."""
     slot, boxed = pathlib.Path.cwd(), False
     del sys.path[0]  # this file's folder, in which data and runs may lie: closed to programs
     os.umask(0o077)
-    wake, wake_end = os.pipe()
-    os.set_blocking(wake_end, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler nothing would wake us
-    signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would let programs reach process 1
+    limits = [resource.getrlimit(k) for k in range(9)], os.nice(0)
     for line in filter(bytes.strip, sys.stdin.buffer):
         job = types.SimpleNamespace(**json.loads(line))
+        job.uid = job.uid if "user id" in job.walls else os.getuid()
         try:
             boxed = boxed or not enter_box(job, slot)
-            result = execute(job, slot, wake)
+            result = execute(job, slot)
         except OSError as error:
             result = dict(outcome="infra", output=str(error))
         clean(job, slot)
-        with contextlib.suppress(OSError):  # the trainer is gone
-            sys.stdout.buffer.write(json.dumps(result).encode() + b"\n")
-            sys.stdout.buffer.flush()
+        result = print(json.dumps(result), flush=True)  # None: the next fork does not inherit it
+        if limits != ([resource.getrlimit(k) for k in range(9)], os.nice(0)):
+            return  # a program of our own user id changed them
 
-# Attacks that the walls are to withstand, by a program of our own; the first two decide.
-CLAIMS = ("private answers", "the trainer", "files outside its folder", "home", "network")
+# Attacks that the walls are to withstand, by a program of our own. The first two claims decide.
+CLAIMS = ("private answers", "the trainer", "files outside its folder", "network")
 PROBE = """
 import os, resource, socket
 def attack(claim, act, *args):
@@ -785,20 +737,20 @@ attack(1, resource.prlimit, {pid}, resource.RLIMIT_CORE)
 attack(2, os.utime, {file!r})
 attack(2, os.remove, {file!r})
 for path in {home!r}:
-    attack(3, os.listdir, path)
-attack(4, socket.create_connection, ("127.0.0.1", {port}), 1)
-attack(4, socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))
+    attack(2, os.listdir, path)
+attack(3, socket.create_connection, ("127.0.0.1", {port}), 1)
+attack(3, socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))
 import pandas, sklearn.linear_model
 sklearn.linear_model.LogisticRegression().fit([[0.0], [1.0]], [0, 1])
 open("submission.csv", "w").close()
 """
 
 class Slot:
-    """A worker process and our end of the socket to it; started when needed, also after a death."""
+    """A worker process and our ends of its pipes; started when needed, also after a death."""
 
     def __init__(self, folder, uid, env):
         self.folder, self.uid, self.env = folder, uid, env
-        self.process, self.began = None, None  # None: no program runs
+        self.process, self.began, self.closed = None, None, False  # began: None if none runs
 
     def run(self, job):
         """Have the worker execute a job: the fields that `execute` returns."""
@@ -806,10 +758,12 @@ class Slot:
         try:
             if not self.process or self.process.poll() is not None:
                 self.open(job["walls"])
-            self.socket.settimeout(job["timeout"] + 120)
-            self.file.write(json.dumps(job | dict(uid=self.uid)).encode() + b"\n")
-            self.file.flush()
-            result = json.loads(self.file.readline())
+            if self.closed:
+                raise OSError("the pool closes")
+            print(json.dumps(job | dict(uid=self.uid)), file=self.process.stdin, flush=True)
+            if not select.select([self.process.stdout], [], [], job["timeout"] + 120)[0]:
+                raise TimeoutError("no answer")
+            result = json.loads(self.process.stdout.readline())
         except (OSError, ValueError) as error:
             result = dict(outcome="infra", output=f"a worker died or did not start ({error})")
         self.began = None
@@ -821,67 +775,56 @@ class Slot:
 
     def open(self, walls):
         """Start the worker, in a clean environment and perhaps in its own namespaces."""
-        subprocess.run(["rm", "-rf", self.folder])  # of a worker that died
+        aside(f"chmod -R u+rwX {self.folder}; rm -rf {self.folder}")  # of a worker that died
         self.folder.mkdir(mode=0o711)
         command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
         if "namespaces" in walls:
             unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
             command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
-        self.socket, theirs = socket.socketpair()
-        self.file = self.socket.makefile("rwb")
-        self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, cwd=self.folder,
-            env=self.env, start_new_session=True)
-        theirs.close()
+        self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3, cwd=self.folder,
+                                        env=self.env, start_new_session=True, text=True)
 
     def close(self):
         """Hang up: the worker kills its program and ends."""
         if self.process:
-            with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_RDWR)
-            try:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self.process.stdin.close()
                 self.process.wait(1)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            self.process.kill()
+            self.process.wait()
+            if not os.getuid():  # without namespaces, the program of a dead worker lives on
+                subprocess.run("kill -9 -1", shell=True, cwd="/", user=self.uid, stderr=-3)
 
 class Pool:
-    """Runs programs, cfg.workers at a time, in threads that hand them to slots: workers go on while
-    the trainer samples or updates.
-
-    public: {task: folder that programs see}, staged as a copy; private: folders they must not see.
-    `report` says in words what was found to hold. Raises UserError where the answers or the trainer
-    cannot be protected and cfg.unsafe_exec is not set.
-    """
+    """Executes programs, cfg.workers at a time. public: {task: folder that programs see}, staged as
+    a copy; private: folders they must not see. `report` says in words what was found to hold.
+    Raises UserError where the answers or the trainer cannot be protected, unless unsafe_exec."""
 
     def __init__(self, cfg, public, private, secret):
         cores = len(os.sched_getaffinity(0)) if LINUX else os.cpu_count()
         count = cfg.workers or cores
         threads = str(cfg.threads or max(1, cores // count))
-        env = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
+        env = {k: os.environ[k] for k in ("PATH", "HOME", "LD_LIBRARY_PATH") if k in os.environ}
         env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
-                    GLIBC_TUNABLES="glibc.malloc.hugetlb=1",  # forks are faster
-                    PYTHONUSERBASE=os.path.expanduser("~/.local"))
+                    GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # forks are faster
         env |= {f"{name}_NUM_THREADS": threads for name in ("OMP", "OPENBLAS", "MKL")}
         env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-        self.stage, self.free = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-")), queue.SimpleQueue()
+        self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
         self.janitor = subprocess.Popen(  # clears up when we end, however we end
-            ["sh", "-c", 'cat; sleep 1; rm -rf "$0"', self.stage], stdin=subprocess.PIPE,
-            start_new_session=True)
+            ["sh", "-c", 'cat; sleep 1; rm -rf "$0"', self.stage], stdin=-1, start_new_session=True)
         uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
         self.slots = [Slot(self.stage / f"slot{k}", uid + k, env) for k in range(count)]
+        self.free = queue.SimpleQueue()
         for slot in self.slots:
             self.free.put(slot)
-        self.threads, self.futures = concurrent.futures.ThreadPoolExecutor(count), {}  # -> key
-        self.round = 0  # number of cancellations
+        self.threads = concurrent.futures.ThreadPoolExecutor(count)  # one a slot
+        self.submit = self.threads.submit
+        self.job = dataclasses.asdict(cfg) | dict(secret=secret, public=str(self.stage / "public"))
         try:
             self.stage.chmod(0o711)
             for task, folder in public.items():
                 shutil.copytree(folder, self.stage / "public" / task / "prepared" / "public")
             subprocess.run(["chmod", "-R", "u+rwX,go=rX", self.stage / "public"], check=True)
-            limits = "timeout cpu_limit memory_gb disk_mb output_kb max_procs program_gpu".split()
-            self.job = {name: getattr(cfg, name) for name in limits}
-            self.job |= dict(secret=secret, public=str(self.stage / "public"))
             self.report = [f"{count} at once, {threads} thread(s) each",
                            *self.choose(cfg, next(iter(public)), private)]
         except BaseException:
@@ -896,17 +839,15 @@ class Pool:
         code = PROBE.format(answers=answers + [cfg.raw] * bool(cfg.raw), pid=os.getpid(),
                             file=str(file), port=server.getsockname()[1],
                             home=[os.path.expanduser("~"), os.path.abspath(cfg.run)])
-        usual = self.job.copy()
+        usual, probe = self.job, dict(task=task, code=code, timeout=120, cpu_limit=60, memory_gb=4)
         for walls, forked in itertools.product(WALLS, (not cfg.fresh_interpreters, False)):
             if "user id" in walls and os.getuid():
                 continue
             for slot in self.slots:
                 slot.close()
             file.touch()
-            self.job |= dict(walls=walls, forked=forked, timeout=120, cpu_limit=60, memory_gb=4)
-            self.submit("probe", task, code)
-            result = self.wait()[1]
-            self.job |= usual
+            self.job = usual | dict(walls=walls, forked=forked)
+            result = self.slots[0].run(self.job | probe)
             if result["outcome"] == "timeout":  # says nothing about walls, and must not weaken them
                 break
             broken = {int(k) for k in re.findall(r"broken (\d)", result["output"])}
@@ -921,49 +862,32 @@ class Pool:
                         "home, or where user namespaces are allowed, on a Linux with Landlock; or "
                         "accept the risk with --unsafe-exec")
 
-    def run(self, job, round):
-        """In a thread: one program, a second time where it failed by our fault."""
-        slot = self.free.get()
+    def run(self, task, code):
+        """Execute a program, a second time where it failed by our fault; in a thread: it blocks."""
+        slot, job = self.free.get(), self.job | dict(task=task, code=code)
         try:
             result = slot.run(job)
-            again = result["outcome"] == "infra" and round == self.round
-            return slot.run(job) if again else result
+            return slot.run(job) if result["outcome"] == "infra" and not slot.closed else result
         finally:
             self.free.put(slot)
 
-    def submit(self, key, task, code):
-        """Queue a program under a key of the caller's; never blocks."""
-        job = self.job | dict(task=task, code=code)
-        self.futures[self.threads.submit(self.run, job, self.round)] = key
-
-    def wait(self):
-        """(key, fields of Attempt) of the next program that ends; blocks."""
-        done = concurrent.futures.wait(self.futures, return_when="FIRST_COMPLETED").done
-        first = next(future for future in self.futures if future in done)
-        return self.futures.pop(first), first.result()
-
     def cancel(self):
-        """Forget all programs, kill those that run; returns the seconds that each of those ran."""
-        self.round += 1
-        for future in self.futures:
-            future.cancel()
-        self.futures.clear()
+        """Kill what runs; returns the seconds that each program had run."""
         running = [(slot, slot.began) for slot in self.slots if slot.began]
         for slot, _ in running:
-            with contextlib.suppress(OSError):
-                slot.socket.sendall(b"\n")
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # no worker now
+                print(file=slot.process.stdin, flush=True)
         return [time.monotonic() - began for _, began in running]
 
     def close(self):
         """End all workers and what they run."""
-        self.cancel()
-        closing = [threading.Thread(target=slot.close) for slot in self.slots]
-        for thread in closing:
-            thread.start()
-        for thread in closing:
-            thread.join()
+        for slot in self.slots:
+            slot.closed = True
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        with concurrent.futures.ThreadPoolExecutor(len(self.slots)) as threads:
+            list(threads.map(Slot.close, self.slots))
         self.threads.shutdown()
-        subprocess.run(["rm", "-rf", self.stage])
+        aside(f"chmod -R u+rwX {self.stage}; rm -rf {self.stage}")
         self.janitor.kill()
         self.janitor.communicate()
 
@@ -980,78 +904,62 @@ def reward(task, a, cfg):
     paper: -10 + 0.1 a milestone, or the score, negated where lower is better (Sec. 3.2).
     bounded (CHOICE): (-1 + 0.1 a milestone) / 4, or for the signed score s of a valid program
     (1 + tanh(2 (s - bronze) / |bronze - sample|)) / 2: it beats any failure, steepest at a bronze
-    medal, so that scores are not drowned. A sample submission without score counts as the median.
+    medal, so that scores are not drowned. Unknown thresholds are the median's, or 0.
     """
     marks = sum(any(re.search(p, m) for m in a.marks) for _, p in prompts.MILESTONES)
     if cfg.reward == "paper":
         return sign(task) * a.score if a.valid else FAIL + MARK * marks
     if not a.valid:
         return (-1.0 + MARK * marks) / 4
-    sample = task["median"] if task["sample_score"] is None else task["sample_score"]
-    far = abs(task["bronze"] - sample) or 1.0
-    return 0.5 + 0.5 * math.tanh(2 * sign(task) * (a.score - task["bronze"]) / far)
+    sample, bronze = (next(v for v in (task[name], task["median"], 0.0) if v is not None)
+                      for name in ("sample_score", "bronze"))
+    far = abs(bronze - sample) or 1.0
+    return 0.5 + 0.5 * math.tanh(2 * sign(task) * (a.score - bronze) / far)
 
 class Environment:
-    """P(s, env-inst(a)) of Alg. 1 l. 4: instruments, executes, grades and rewards attempts.
-    `copies` asks the frozen LM for instrumented copies (lm_copies), once it is loaded."""
+    """P(s, env-inst(a)) of Alg. 1 l. 4: instruments, executes, grades and rewards attempts."""
 
     def __init__(self, cfg, D):
-        self.cfg, self.D, self.secret, self.executions = cfg, D, secrets.token_hex(8), 0
+        self.cfg, self.D, self.secret = cfg, D, secrets.token_hex(8)
         self.pool = Pool(cfg, {name: task["public"] for name, task in D.items()},
                          [task["private"] for task in D.values()], self.secret)
         for name, task in D.items():  # from here on prompts show what programs see
             task["public"] = self.pool.stage / "public" / name / "prepared" / "public"
             if cfg.drop_leaks:
                 grade.drop_columns(task["public"], task["leaks"])
-        self.copies = lambda codes: {}
-        self.running = {}  # key -> attempts that wait for the same execution
-        self.done = collections.deque()  # finished, not yet collected
+        self.copies = lambda attempts: ((a, "") for a in attempts)  # or lm_copies
+        self.running = {}  # future of a result -> attempts that wait for it
 
     def unfinished(self):
         """All attempts in flight."""
-        return [*self.done, *(a for group in self.running.values() for a in group)]
+        return [a for group in self.running.values() for a in group]
 
     def submit(self, attempts):
-        """Instrument and queue attempts as they come; one without plan or code fails at once
-        (Sec. 3.2). Does not wait for executions."""
-        mode, copied = self.cfg.instrument, {}
-        if mode == "lm":  # the frozen LM copies all of them together
-            attempts = list(attempts)
-            copied = self.copies({a.id: a.code for a in attempts if a.code.strip()})
-        for a in attempts:
-            if a.plan and a.code.strip():
-                code, a.placed = ((a.code, "") if mode == "none" else
-                                  instrument(a.code, self.secret, copied.get(a.id)))
-                key = f"{a.task}:{a.code}" if self.cfg.reuse else a.id
-                group = self.running.setdefault(key, [])
-                group.append(a)
-                if len(group) == 1:
-                    self.pool.submit(key, a.task, code)
-            else:
-                self.finish(a, dict(outcome="no_code"))
+        """Queue attempts as they come. Does not wait for executions."""
+        for a, copied in self.copies(attempts):
+            same = [future for future, (first, *_) in self.running.items()
+                    if self.cfg.reuse and (first.task, first.plan != "", first.code) == (
+                        a.task, a.plan != "", a.code)]
+            a.reused |= bool(same)
+            future = same[0] if same else self.pool.submit(self.step, a, copied)
+            self.running.setdefault(future, []).append(a)
 
-    def next(self):
-        """The next finished attempt, graded and rewarded; blocks."""
-        if not self.done:
-            key, result = self.pool.wait()
-            self.executions += 1
-            for k, a in enumerate(self.running.pop(key)):
-                self.finish(a, result)
-                a.reused = k > 0
-        return self.done.popleft()
-
-    def finish(self, a, result):
-        """Grade and reward an executed attempt."""
-        vars(a).update(result)
-        if a.valid:
-            task = self.D[a.task]
+    def step(self, a, copied=""):
+        """Instrument, execute, grade and reward an attempt, in a thread: the fields that this
+        fills. One without plan or code fails unexecuted (Sec. 3.2)."""
+        task, result = self.D[a.task], dict(outcome="no_code")
+        if a.plan and a.code.strip():
+            code, placed = ((a.code, "") if self.cfg.instrument == "none" else
+                            instrument(a.code, self.secret, copied))
+            result = self.pool.run(a.task, code) | dict(placed=placed)
+        if result["outcome"] == "ok":
             try:
-                a.score = grade.grade(task, a.submission, task["truth"], task["rows"])
-                a.report = grade.grade(task, a.submission, task["truth"], task["report_rows"])
+                result |= {name: grade.grade(task, result["submission"], task["truth"], task[rows])
+                           for name, rows in (("score", "rows"), ("report", "report_rows"))}
             except grade.InvalidSubmission as problem:
-                a.outcome, a.reason, a.score = "invalid_submission", str(problem)[:300], None
-        a.R = reward(self.D[a.task], a, self.cfg)
-        self.done.append(a)
+                result |= dict(outcome="invalid_submission", reason=str(problem)[:300],
+                               submission=None)
+        return result | dict(R=reward(task, dataclasses.replace(a, **result), self.cfg))
 
     def collect(self, B, i, keep, tick=lambda: None):
         """Wait until B executions complete (Alg. 1 l. 5). Returns (batch, lost).
@@ -1061,10 +969,15 @@ class Environment:
         `keep` those still in flight are killed. `tick` is called for each attempt of the batch.
         """
         batch, lost = [], dict(infra=0, stale=0, killed=[])
-        while len(batch) < B and (self.done or self.running):
-            a = self.next()
+        while len(batch) < B and self.running:
+            ended = concurrent.futures.wait(self.running, return_when="FIRST_COMPLETED").done
+            future = next(future for future in self.running if future in ended)
+            a = self.running[future].pop(0)
+            if not self.running[future]:
+                del self.running[future]
+            vars(a).update(future.result())
             if a.outcome == "infra":
-                lost["infra"] += 1
+                lost["infra"], why = lost["infra"] + 1, a.output[-200:].strip()
             elif i - a.version > self.cfg.max_staleness:
                 lost["stale"] += 1
             else:
@@ -1074,13 +987,14 @@ class Environment:
             lost["killed"] = self.cancel()
         if lost["infra"] > 0.2 * (len(batch) + lost["infra"]):
             raise UserError(f"{lost['infra']} programs of an iteration failed by no fault of their "
-                            f"own ({a.output[-200:].strip()}): mend that and run again to go on")
+                            f"own ({why}): mend that and run again to go on")
         return batch, lost
 
     def cancel(self):
         """Kill everything in flight; returns the seconds each program had run."""
+        for future in self.running:
+            future.cancel()
         self.running.clear()
-        self.done.clear()
         return self.pool.cancel()
 
 # §8 Actor, critic, reference (Table 3) ------------------------------------------------------------
@@ -1100,23 +1014,20 @@ class Learner:
         torch.nn.init.zeros_(self.critic.score.bias)
         self.ref = copy.deepcopy(self.actor).to(getattr(torch, cfg.dtype)).requires_grad_(False)
         for model in (self.actor, self.critic):
-            if cfg.gradient_checkpointing:
+            if cfg.gradient_checkpointing:  # in train mode only, which `optimize` sets
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()  # no dropout anywhere: this only lets checkpointing work
         self.actor_opt, self.critic_opt = (torch.optim.AdamW(
             model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay,
             fused=model.device.type == "cuda") for model, lr in (
                 (self.actor, cfg.lr), (self.critic, cfg.critic_lr)))
 
 def load_policy(folder):
-    """(model with float32 master weights, tokenizer). One clear line where it can't be had."""
-    try:
+    """(model with float32 master weights, tokenizer). UserError where it can't be had."""
+    with grade.blame(UserError, f"cannot load --model {folder} (give a folder, go online, or use "
+                                "--preset tiny)"):
         # Not AutoTokenizer: for Qwen2 it would replace the tiny tokenizer's own splitting rule.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except Exception as problem:  # whatever a damaged or missing checkpoint makes its readers raise
-        raise UserError(f"cannot load --model {folder}: {str(problem).strip().splitlines()[0]} "
-                        "(give a folder, go online, or use --preset tiny)")
     if tokenizer.chat_template is None:
         raise UserError(f"--model {folder} has no chat template: choose an instruction-tuned model")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
@@ -1146,7 +1057,7 @@ def hidden_states(backbone, ids, attention, T):
 def response_logprobs(lm, ids, attention, mask, cfg):
     """log pi(a_t | s, a_<t) and entropy of the tempered policy, logits / temperature.
 
-    Everything (sampling, ratio, KL, entropy) uses this one function. Returns two (b, T) float32,
+    All log-probs (behaviour, ratio, KL) come from this one function. Returns two (b, T) float32,
     zero where masked. The vocabulary is large: logits exist for `CHUNK` tokens at a time only.
     """
     T = mask.shape[1]
@@ -1189,27 +1100,17 @@ def score_tokens(model, attempts, cfg, function=response_logprobs):
     return out, mask
 
 # §9 Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3) -----------------------------------
-@dataclasses.dataclass
-class Batch:
-    """The tensors of one update. All (B, T) float32 on the CPU, zero where `mask` is False."""
-
-    attempts: list
-    mask: object  # (B, T) bool: response tokens
-    R: object  # (B,) reward of the execution
-    logp_old: object  # behaviour policy, as sampled
-    logp_prox: object  # policy at the start of this update
-    logp_ref: object  # initial policy
-    V: object  # critic at the start of this update
-
 def assemble(attempts, learner, cfg):
-    """Score a collected batch with the current actor and critic and the frozen reference."""
+    """x, the tensors of an update, on the CPU, zero where masked: R (B,) rewards; mask (B, T) bool,
+    response tokens; (B, T) float32 each: logp_old of the behaviour policy, as sampled, logp_prox of
+    the current one, logp_ref of the initial one, V, the critic's values."""
     logp_prox, mask = score_tokens(learner.actor, attempts, cfg)
-    logp_ref, _ = score_tokens(learner.ref, attempts, cfg)
-    V, _ = score_tokens(learner.critic, attempts, cfg, response_values)
     logp_old = torch.zeros_like(logp_prox)
     logp_old[mask] = torch.tensor([p for a in attempts for p in a.logp])
-    R = torch.tensor([a.R for a in attempts])
-    return Batch(attempts, mask, R, logp_old, logp_prox, logp_ref, V)
+    return types.SimpleNamespace(
+        attempts=attempts, mask=mask, R=torch.tensor([a.R for a in attempts]), logp_old=logp_old,
+        logp_prox=logp_prox, logp_ref=score_tokens(learner.ref, attempts, cfg)[0],
+        V=score_tokens(learner.critic, attempts, cfg, response_values)[0])
 
 def shape_rewards(R, logp_old, logp_ref, mask, kl_coef):
     """Token rewards r_t = R [t = last] - kl_coef (log pi_old - log pi_ref) (Table 3, k1 estimator).
@@ -1292,6 +1193,8 @@ def update(learner, x, A, w, returns, cfg, i):
     The actor is left alone while the critic warms up and where rewards do not vary: whitening
     would blow up mere noise of the critic (CHOICE).
     """
+    left = 1 - (1 - cfg.anneal_to) * i / max(1, cfg.iterations)  # linear
+
     def critic_loss(rows, ids, attention, mask, c):
         V = response_values(learner.critic, ids, attention, mask, cfg)        # (b, T)
         loss = value_loss(V, like(V, x.V, rows), like(V, returns, rows), cfg)
@@ -1302,15 +1205,13 @@ def update(learner, x, A, w, returns, cfg, i):
         prox, old = like(logp, x.logp_prox, rows), like(logp, x.logp_old, rows)
         loss, clipped = policy_loss(logp, prox, old, like(logp, A, rows),
                                     w[rows].to(logp.device), cfg)             # (b, T)
-        total = (c * (loss - cfg.entropy_coef * entropy)).sum()
+        total = (c * (loss - left * cfg.entropy_coef * entropy)).sum()
         k3 = (logp - prox).exp() - 1 - (logp - prox)                          # Schulman's k3
         return total, {"policy_loss": (c * loss).sum(), "entropy": (c * entropy).sum(),
                        "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
 
-    if cfg.lr_end < 1:  # linear in i
-        left = 1 - (1 - cfg.lr_end) * i / max(1, cfg.iterations)
-        learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left
-        learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left
+    learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left
+    learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left
     stats = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "update_kl", "grad_norm"))
     critic = optimize(learner.critic, learner.critic_opt, critic_loss, x.attempts, x.mask, cfg,
                       cfg.critic_grad_clip)
@@ -1331,7 +1232,8 @@ def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, ta
     optimizer steps of what loss_function reports, and the gradient norm.
     """
     totals, steps = collections.Counter(), 0
-    for epoch in range(cfg.ppo_epochs):
+    model.train()  # no dropout anywhere: this only lets checkpointing work
+    for _ in range(cfg.ppo_epochs):
         order = torch.randperm(len(attempts)).tolist()
         kl = 0.0
         for k in range(0, len(order), cfg.mini_batch):
@@ -1354,6 +1256,7 @@ def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, ta
             steps += 1
         if target_kl and kl / -(-len(order) // cfg.mini_batch) > target_kl:
             break
+    model.eval()  # checkpointing would keep `generate` from its cache
     return {key: value / steps for key, value in totals.items()}
 
 # §11 Evaluation (Sec. 3.3, Sec. 4.1) --------------------------------------------------------------
@@ -1362,9 +1265,8 @@ def evaluate(phase, lm, D, parents, sampler, env, maker, run):
     `phase`. Puts {task: summary} into run.evaluation and returns the valid attempts."""
     n = run.cfg.eval_samples * len(D)
     env.submit(sampler.sample(draw_prompts(D, parents, n, maker, run, 1.0), lm, run.iteration))
-    with run.bar(n, phase) as bar:
+    with progress(desc=phase, total=n) as bar:
         done, _ = env.collect(n, run.iteration, keep=True, tick=bar.update)
-    run.executions = env.executions
     run.log_attempts(done, phase)
     run.evaluation[phase] = {name: summarize(task, [a for a in done if a.task == name])
                              for name, task in D.items()}
@@ -1382,9 +1284,16 @@ def summarize(task, attempts):
                 best_clean=best(task, [a.report for a in clean]),
                 distinct=len({a.code for a in attempts if a.code}))
 
+def mean(values):
+    values = list(values)
+    return float(sum(values) / len(values)) if values else None
+
+def best(task, scores):
+    return max((s for s in scores if s is not None), key=lambda s: sign(task) * s, default=None)
+
 def write_evaluation(D, run, maker):
-    """evaluation.json: the three summaries of each task, their best score and its medal. The better
-    of scratch and improve counts (App. C.2). One task: its record alone, else {task: record}."""
+    """evaluation.json (one task: its record alone), and a table beside the paper's numbers and
+    MLE-bench's thresholds. The better of scratch and improve counts (App. C.2)."""
     records = {}
     for name, task in D.items():
         parts = {phase: tables[name] for phase, tables in run.evaluation.items()}
@@ -1393,22 +1302,23 @@ def write_evaluation(D, run, maker):
             best=top, medal=None if top is None else grade.medal(task, top),
             executions=run.executions, paper=task["paper"], standin=task["standin"],
             report_fold=run.cfg.report_fold, prompts_skipped=maker.skipped)
+        others = {f"paper: {who}": score and score[0]
+                  for who, score in task["paper"].get("Table 1", {}).items()}
+        others |= {f"MLE-bench: {medal}": task[medal]
+                   for medal in ("gold", "silver", "bronze", "median")}
+        table = pd.DataFrame(parts | {who: {"best": score} for who, score in others.items()}).T
+        print(f"\n{name}" + " - STAND-IN data, scores are not comparable" * task["standin"])
+        print(table.to_string(float_format="{:.4g}".format, na_rep=""))
     write(run.folder / "evaluation.json",
           json.dumps(records if len(D) > 1 else records[name], indent=1))
-
-def mean(values):
-    """Mean of an iterable of numbers, None if it is empty."""
-    values = list(values)
-    return float(sum(values) / len(values)) if values else None
-
-def best(task, scores):
-    """The best of a list of scores, None if there is none."""
-    return max((s for s in scores if s is not None), key=lambda s: sign(task) * s, default=None)
 
 # §12 Run folder, checkpoint, resume ---------------------------------------------------------------
 LOGS, MODELS = ("metrics.jsonl", "attempts.jsonl"), ("actor", "critic", "actor_opt", "critic_opt")
 FREE = ("run", "mode", "program", "iterations", "workers", "eval_samples", "save_every", "raw",
         "data_dir", "unsafe_exec")  # flags that may differ when a run resumes
+STATE = "rng iteration D_prev in_flight drawn executions wall_s best evaluation".split()
+progress = functools.partial(tqdm.tqdm, unit=" programs", leave=False, dynamic_ncols=True,
+                             disable=None)
 
 class Run:
     """A run's folder and state. The two logs only grow and are cut back to the last checkpoint on
@@ -1416,11 +1326,10 @@ class Run:
 
     def __init__(self, cfg, D):
         self.folder, self.cfg, self.D = pathlib.Path(cfg.run), cfg, D
-        self.start, self.rng = time.monotonic(), random.Random(cfg.seed)
+        self.clock, self.rng = time.monotonic(), random.Random(cfg.seed)
         self.iteration, self.D_prev, self.in_flight = 0, [], []
-        self.drawn = 0  # prompts so far; the next attempt's id
-        self.executions, self.wall_s = 0, 0.0  # up to the last checkpoint
-        self.best, self.evaluation = {}, {}  # task -> best score in training; phase -> summaries
+        self.drawn, self.executions, self.wall_s = 0, 0, 0.0  # prompts, programs, seconds so far
+        self.best, self.evaluation = {}, {}  # task -> best score in the run; phase -> summaries
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")
         try:
@@ -1435,20 +1344,12 @@ class Run:
         write(path, json.dumps(new, indent=1))
         write(self.folder / "mlerl.py", pathlib.Path(__file__).read_bytes())
 
-    def state(self):
-        """What a checkpoint holds besides weights, optimizers and torch's generator."""
-        return {name: getattr(self, name) for name in (
-            "rng", "iteration", "D_prev", "in_flight", "drawn", "executions", "wall_s", "best",
-            "evaluation")}
-
     def load(self, learner):
         """Go back to the last checkpoint, if there is one."""
         path, sizes = self.folder / "checkpoint.pt", dict.fromkeys(LOGS, 0)
         if path.exists():
-            try:
+            with grade.blame(UserError, f"cannot read {path}; move it away to begin anew"):
                 saved = torch.load(path, map_location="cpu", weights_only=False)
-            except Exception as problem:  # torch raises what pickle and zipfile raise
-                raise UserError(f"{path} cannot be read ({problem}): move it away to begin anew")
             for name in MODELS:
                 getattr(learner, name).load_state_dict(saved[name])
             torch.set_rng_state(saved["torch_rng"])
@@ -1460,9 +1361,9 @@ class Run:
 
     def save(self, learner):
         """Write checkpoint.pt, and the policy in Hugging Face format."""
-        self.wall_s, self.start = self.wall(), time.monotonic()
         saved = {name: getattr(learner, name).state_dict() for name in MODELS}
-        saved |= dict(state=self.state(), torch_rng=torch.get_rng_state(),
+        saved |= dict(state={name: getattr(self, name) for name in STATE},
+                      torch_rng=torch.get_rng_state(),
                       log_sizes={log: (self.folder / log).stat().st_size for log in LOGS})
         new = self.folder / "checkpoint.new"
         try:
@@ -1473,10 +1374,6 @@ class Run:
         os.replace(new, self.folder / "checkpoint.pt")
         save_policy(self.folder / "policy", learner.actor, learner.tokenizer)
 
-    def wall(self):
-        """Seconds that this run has taken so far, earlier processes included."""
-        return self.wall_s + time.monotonic() - self.start
-
     def log_attempts(self, attempts, phase):
         """Append to attempts.jsonl; keep each task's best program and submission in best/."""
         hidden = ("prompt_ids", "response_ids", "logp", "submission")
@@ -1485,23 +1382,23 @@ class Run:
                 row = {k: v for k, v in vars(a).items() if k not in hidden}
                 file.write(json.dumps(row | dict(phase=phase, tokens=len(a.response_ids))) + "\n")
         for a in attempts:
-            path, task = self.folder / "best" / f"{a.task}.json", self.D[a.task]
-            old = read_json(path)["score"] if a.valid and path.exists() else None
-            if a.valid and a.score != old and best(task, [a.score, old]) == a.score:
+            self.executions += a.dt is not None and not a.reused
+            old, path = self.best.get(a.task), self.folder / "best" / f"{a.task}.py"
+            if a.valid and a.score != old and best(self.D[a.task], [a.score, old]) == a.score:
+                self.best[a.task] = a.score
                 path.parent.mkdir(exist_ok=True)
-                write(path.with_suffix(".py"), a.code)
+                write(path, a.code)
                 write(path.with_suffix(".csv"), a.submission)
-                write(path, json.dumps(dict(score=a.score, reported=a.report, attempt=a.id,
-                                            plan=a.plan, standin=task["standin"])))
+                write(path.with_suffix(".json"), json.dumps(dict(
+                    score=a.score, reported=a.report, attempt=a.id, plan=a.plan,
+                    standin=self.D[a.task]["standin"])))
             a.submission = None  # no longer needed
 
     def log(self, batch, row):
         """Log an iteration: its attempts, its line of metrics, its line on the terminal."""
         self.log_attempts(batch, "train")
-        for name, task in self.D.items():
-            scores = [a.score for a in batch if a.valid and a.task == name]
-            self.best[name] = best(task, [self.best.get(name), *scores])
-        row |= dict(wall_s=self.wall(), best_score=next(iter(self.best.values())),
+        self.wall_s, self.clock = self.wall_s + time.monotonic() - self.clock, time.monotonic()
+        row |= dict(wall_s=self.wall_s, best_score=self.best.get(next(iter(self.D))),
                     standin=any(task["standin"] for task in self.D.values()))
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -1510,11 +1407,6 @@ class Run:
             "{best_score:.4f}  dt {duration_mean:.2f}s  kl {kl:.3f}  sample {sample_s:.1f}s  "
             "execute {execute_s:.1f}s  update {update_s:.1f}s".format_map(
                 {k: math.nan if v is None else v for k, v in row.items()}))
-
-    def bar(self, total, what, initial=0):
-        """A progress bar with rate and time left."""
-        return tqdm.tqdm(total=total, desc=what, initial=initial, unit=" programs", leave=False,
-                         dynamic_ncols=True, disable=None)
 
 def write(path, content):
     """Write text or bytes so that neither a reader nor a crash ever sees half a file."""
@@ -1531,11 +1423,9 @@ def save_policy(folder, lm, tokenizer):
     new.rename(folder)
 
 def read_json(path):
-    """Parse a JSON file, or say in one line that it is malformed."""
-    try:
+    """Parse a JSON file. Raises UserError."""
+    with grade.blame(UserError, f"{path} is not valid JSON; mend it or move it away"):
         return json.loads(path.read_text())
-    except ValueError as problem:
-        raise UserError(f"{path} is not valid JSON ({problem}): mend it or move it away")
 
 # §13 Metrics and figures (Fig. 1, 2, 7-10) --------------------------------------------------------
 EDGES = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e9)  # seconds, of the histograms of durations
@@ -1552,17 +1442,15 @@ def variance_parts(R, valid):
 
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
     """One line of metrics.jsonl. `durations` are of consumed programs, `durations_sampled` also of
-    those killed before the batch was full, which count the seconds they had run."""
+    those killed once the batch was full, which count the seconds they had run."""
     dt = [a.dt for a in batch if a.dt is not None]
-    sampled = dt + lost["killed"]
-    G, V = returns[x.mask], x.V[x.mask]
+    sampled, G, V = dt + lost["killed"], returns[x.mask], x.V[x.mask]
     return dict(
         iteration=i, reward_mean=mean(a.R for a in batch),
         task_score_mean=mean(sign(env.D[a.task]) * a.score if a.valid else FAIL for a in batch),
         valid_share=mean(a.valid for a in batch),
         valid_score_mean=mean(a.score for a in batch if a.valid),
         improve_share=mean(a.kind == "improve" for a in batch),
-        valid_share_improve=mean(a.valid for a in batch if a.kind == "improve"),
         duration_mean=mean(dt), duration_sampled_mean=mean(sampled),
         durations=np.histogram(dt, EDGES)[0].tolist(),
         durations_sampled=np.histogram(sampled, EDGES)[0].tolist(),
@@ -1571,7 +1459,6 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
         staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.unfinished()),
         distinct=len({a.code for a in batch if a.code}), reused=sum(a.reused for a in batch),
-        tokens=int(x.mask.sum()),
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         **variance_parts(x.R, [a.valid for a in batch]),
         outcomes=dict(collections.Counter(a.outcome for a in batch)), lost_infra=lost["infra"],
@@ -1585,22 +1472,21 @@ def plot(folder):
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # else it is being written
     if not rows:
         raise UserError(f"{folder}/metrics.jsonl is empty: nothing to draw yet")
-    table = pd.json_normalize(rows, max_level=0).astype({"best_score": float})
+    table = pd.DataFrame(rows).astype({"best_score": float})
     table["hours"] = table.wall_s / 3600
-    evaluation = folder / "evaluation.json"
-    untrained = read_json(evaluation).get("untrained", {}) if evaluation.exists() else {}
+    path = folder / "evaluation.json"
+    untrained = read_json(path).get("untrained", {}) if path.exists() else {}
     figure, axes = matplotlib.pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    for axis, (title, x, ys, before) in zip(axes.flat, (
-            ("Best score so far (Fig. 1, 7)", "hours", ["best_score"], "best"),
-            ("Mean execution time, seconds (Fig. 2, 8)", "iteration",
-             ["duration_mean", "duration_sampled_mean"], ""),
-            ("Mean task score, -10 if invalid (Fig. 9, 10)", "iteration", ["task_score_mean"],
-             "score_mean"),
-            ("Mean score of valid programs", "iteration", ["valid_score_mean"], "valid_score_mean"),
-            ("Share of valid programs", "iteration", ["valid_share"], "valid_share"),
-            ("What the reward's variance comes from", "iteration",
-             ["variance_valid", "variance_markers", "variance_score"], ""))):
-        table.plot(x=x, y=ys, ax=axis, title=title, grid=True)
+    for axis, (title, names, before) in zip(axes.flat, (
+            ("Best score so far (Fig. 1, 7)", "best_score", "best"),
+            ("Mean execution time, seconds (Fig. 2, 8)", "duration_mean duration_sampled_mean", ""),
+            ("Mean task score, -10 if invalid (Fig. 9, 10)", "task_score_mean", "score_mean"),
+            ("Mean score of valid programs", "valid_score_mean", "valid_score_mean"),
+            ("Share of valid programs", "valid_share", "valid_share"),
+            ("Sources of the reward's variance", "variance_valid variance_markers variance_score",
+             ""))):
+        x = "hours" if names == "best_score" else "iteration"
+        table.plot(x=x, y=names.split(), ax=axis, title=title, grid=True)
         if untrained.get(before) is not None:
             axis.axhline(untrained[before], color="gray", ls=":", label="untrained policy")
         axis.legend()
@@ -1686,14 +1572,11 @@ def initial_policy(cfg, D):
     start, folder = tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model, cfg.run + "/sft"
     if not cfg.sft:
         return start
-    try:
-        rows = [json.loads(line) for line in open(cfg.sft)]
+    with grade.blame(UserError, f"--sft {cfg.sft}: need lines that are JSON objects with the texts "
+                                "prompt and response"):
         pairs = [([{"role": "user", "content": "" + row["prompt"]}], "" + row["response"])
-                 for row in rows]
+                 for row in map(json.loads, open(cfg.sft))]
         pairs[0]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
-        raise UserError(f"--sft {cfg.sft}: need lines that are JSON objects with the texts prompt "
-                        f"and response ({problem})")
     if not os.path.exists(folder):
         lm, tokenizer = load_policy(start)
         supervised(lm, tokenizer, pairs, cfg)
@@ -1706,7 +1589,7 @@ def parse(argv):
     import pydantic
     import tyro
     asked = re.search(r"--preset[= ](\w+)", " ".join(argv))
-    preset = asked.group(1) if asked else "auto"
+    preset = asked[1] if asked else "auto"
     if preset == "auto":  # not torch.cuda: importing torch takes seconds
         preset = "paper" if os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") else "tiny"
     default = dataclasses.replace(Config(), preset=preset, **PRESETS.get(preset, {}))
@@ -1718,12 +1601,12 @@ def parse(argv):
     except SystemExit as end:
         if not end.code:
             raise
-        lines = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())  # a box
-        raise UserError(": ".join([line for line in lines if line][:2]) + " (see --help)")
+        raise UserError(re.sub(r"[│╭╮╰╯─\s]+", " ", said.getvalue())[:300] + " (see --help)")
     except pydantic.ValidationError as problem:
         first = problem.errors()[0]
         raise UserError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}")
-    if (cfg.mode == "run") != bool(cfg.program) or cfg.mode == "run" and "," in cfg.task:
+    if (cfg.mode == "run") != bool(cfg.program) or (
+            cfg.mode == "run" and ("," in cfg.task or cfg.task == "all")):
         raise UserError("--mode run and --program FILE go together, with one --task: see --help")
     if cfg.mode in ("plot", "evaluate") and not os.path.exists(f"{cfg.run}/metrics.jsonl"):
         raise UserError(f"--mode {cfg.mode} needs --run with a run's folder, not {cfg.run!r}")
@@ -1732,15 +1615,12 @@ def parse(argv):
 
 def run_program(cfg, D):
     """--mode run: one program exactly as in training; prints one JSON object."""
-    path = pathlib.Path(cfg.program)
-    try:
-        code = path.read_text()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"--program {path} cannot be read: {problem}")
-    env, file = Environment(cfg, D), path.with_suffix(".submission.csv")
+    with grade.blame(UserError, f"cannot read --program {cfg.program}"):
+        code = pathlib.Path(cfg.program).read_text()
+    env, file = Environment(cfg, D), pathlib.Path(cfg.program).with_suffix(".submission.csv")
     with contextlib.closing(env.pool):
-        env.submit([Attempt(cfg.task, "solve", [], id=0, plan="given", code=code)])
-        a = env.next()
+        a = Attempt(*D, "solve", [], plan="given", code=code)
+        vars(a).update(env.step(a))
     if a.submission is not None:
         write(file, a.submission)
     print(json.dumps(dict(outcome=a.outcome, reward=a.R, score=a.score, reason=a.reason,
@@ -1753,12 +1633,17 @@ def run_training(cfg, D):
     torch.manual_seed(cfg.seed)
     run, env = Run(cfg, D), Environment(cfg, D)
     with contextlib.closing(env.pool):
-        header(cfg, D, env)
+        for name, task in D.items():
+            print("task      ", name, "- STAND-IN data, not comparable" * task["standin"])
+        print(f"policy     {cfg.model} (preset {cfg.preset}), run folder {cfg.run}\nmethod    ", *(
+            f"{k}={getattr(cfg, k)}"
+            for k in "iterations batch_size collect duration reward instrument".split()))
+        print(*(f"programs   {line}" for line in env.pool.report), sep="\n")
         learner = Learner(cfg, initial_policy(cfg, D))
         run.load(learner)
-        env.executions = run.executions
         sampler, maker = HFSampler(cfg, learner.tokenizer), PromptMaker(cfg, D, learner.tokenizer)
-        env.copies = lambda codes: lm_copies(codes, sampler, learner.ref)
+        if cfg.instrument == "lm":
+            env.copies = lambda attempts: lm_copies(attempts, sampler, learner.ref)
         common = sampler, env, maker, run
         if not run.evaluation:
             evaluate("untrained", learner.ref, D, [], *common)
@@ -1770,44 +1655,22 @@ def run_training(cfg, D):
             env.cancel()  # what `carry` left in flight
             valid = evaluate("trained_scratch", learner.actor, D, [], *common)
             evaluate("trained_improve", learner.actor, D, valid, *common)  # Sec. 3.3, App. C.2
-            write_evaluation(D, run, maker)
             run.save(learner)
-    closing_table(D, run)
+        write_evaluation(D, run, maker)
     if run.iteration:
         plot(run.folder)
     print(f"{run.folder}: figures/training.png, evaluation.json, best/, policy/, metrics.jsonl")
-
-def header(cfg, D, env):
-    """What is about to run, in a few lines."""
-    for task in D.values():
-        print(f"task       {task['name']}, {task['metric_text']},",
-              "STAND-IN data: scores are not comparable" if task["standin"] else "real data")
-    print(f"policy     {cfg.model} (preset {cfg.preset}), run folder {cfg.run}\nmethod    ", *(
-        f"{k}={getattr(cfg, k)}" for k in ("iterations", "batch_size", "oversample", "collect",
-                                           "duration", "reward", "instrument")))
-    print(*(f"programs   {line}" for line in env.pool.report), sep="\n")
-
-def closing_table(D, run):
-    """Untrained and trained policy beside the paper's numbers and MLE-bench's thresholds."""
-    for name, task in D.items():
-        table = pd.DataFrame({phase: tables[name] for phase, tables in run.evaluation.items()}).T
-        for who, score in task["paper"]["Table 1"].items():
-            table.loc[f"paper: {who}", "best"] = score and score[0]
-        for medal in ("gold", "silver", "bronze", "median"):
-            table.loc[f"MLE-bench: {medal}", "best"] = task[medal]
-        print(f"\n{name}" + " - STAND-IN data, scores are not comparable" * task["standin"])
-        print(table.to_string(float_format="{:.4g}".format, na_rep=""))
 
 def main(argv):
     """Run the command; returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
         cfg = parse(argv)
-        import_libraries()
-        torch.set_num_threads(1 if not torch.cuda.is_available() else 4)  # programs need the cores
         if cfg.mode == "plot":
             plot(pathlib.Path(cfg.run))
-        else:
-            (run_program if cfg.mode == "run" else run_training)(cfg, open_tasks(cfg))
+            return 0
+        import_torch()
+        torch.set_num_threads(1 if not torch.cuda.is_available() else 4)  # programs need the cores
+        (run_program if cfg.mode == "run" else run_training)(cfg, open_tasks(cfg))
         return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -70,7 +70,7 @@ def improve(task, snippet, packages, plan, code, output, short=False):
     if short:  # the last lines hold the losses, here cut to three digits
         tail = "".join(re.sub(r"(\.\d{3})\d+", r"\1", line) + "\n"
                        for line in output.splitlines()[-4:] if len(line) < 40)
-        messages = solve(task, snippet, packages, short)
+        messages = solve(task, snippet, packages, short=True)
         messages[-1]["content"] += f"Improve:\n{plan}\n{code}Output:\n{tail}"
         return messages
     asked = ("You have already implemented a solution to the task below. Revise it so that it does "
@@ -123,7 +123,7 @@ def snippet(task, width):
 # numeric columns that go with a model of each level. Simple learners may have many, strong ones
 # few: what combines both stands nowhere in the corpus, though each of its lines does.
 LIMIT, SIZE = (4, 1, 1, 1), 5  # SIZE: most features of any kind
-P_CONSTANT, P_HARD, P_CHECK, P_BUG = 0.04, 0.06, 0.25, 0.85
+P_CONSTANT, P_HARD, P_CHECK, P_BUG = 0.04, 0.06, 0.25, 0.88
 N_BUGS = (1, 2, 2, 3)  # in a program that has any
 
 MODELS = (  # level, words of the plan, expression
