@@ -644,6 +644,17 @@ def test_sampler_logp_equals_a_fresh_forward_pass(learner):
         assert len(a.response_ids) <= 9
 
 
+def test_sampling_after_an_update_with_gradient_checkpointing_sees_the_whole_context(policy):
+    cfg = config(gradient_checkpointing=True, batch_size=8, mini_batch=8, lr=1e-4, temperature=1e-3, max_response_tokens=6)
+    learner = mlerl.Learner(cfg, policy)
+    mlerl.update(learner, *update_inputs(learner, cfg), cfg, 0)
+    for a in sampled(learner, cfg, [[5, 9, 40, 7], [30, 31], [12] * 5]):
+        for t, token in enumerate(a.response_ids):
+            ids = torch.tensor([a.prompt_ids + a.response_ids[:t]])
+            with torch.no_grad():
+                assert int(learner.actor(ids).logits[0, -1].argmax()) == token
+
+
 def test_sampler_keeps_the_end_token_and_nothing_after(learner):
     cfg, eos = config(max_response_tokens=12), learner.tokenizer.eos_token_id
     with torch.no_grad():  # the end becomes a likely token
