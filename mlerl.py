@@ -22,6 +22,7 @@ import ast, atexit, base64, collections, concurrent.futures, contextlib, copy, c
 import errno, fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math
 import os, pathlib, queue, random, re, resource, secrets, select, shutil, signal, socket, stat
 import struct, subprocess, sys, tempfile, threading, time, types, weakref
+from subprocess import DEVNULL, PIPE
 from typing import Annotated, Literal
 
 import numpy as np
@@ -277,7 +278,7 @@ def draw_prompts(D, D_prev, n, maker, run, p_improve):
         else:
             drawn.append(Attempt(task["name"], "solve", maker.solve_ids[task["name"]]))
         drawn[-1].id = k
-    run.drawn += len(drawn)
+    run.drawn, run.skipped = run.drawn + len(drawn), maker.skipped
     return drawn
 
 # §4 Sampling (Alg. 1 l. 3) ------------------------------------------------------------------------
@@ -575,9 +576,9 @@ def kill_all(job, first):
 def too_much(job, slot):
     """"memory" or "crash" where processes or files pass the limits or hide, else ""."""
     count, memory, files, size, errors = 0, 0, 0, 0, []
+    alone = os.getpid() == 1  # in the namespace
     for pid in filter(str.isdigit, os.listdir("/proc") if job.walls else ()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, TypeError):  # it ended
-            alone = os.getpid() == 1  # in the namespace
             if int(pid) == os.getpid() or not alone and os.stat(f"/proc/{pid}").st_uid != job.uid:
                 continue
             if (count := count + 1) > job.max_procs:
@@ -688,15 +689,19 @@ def clean(job, slot):
         for entry in os.scandir(slot):
             (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink)(entry.path)
     except (OSError, RecursionError):
-        aside(f"chmod -R u+rwX {slot}; find {slot} -mindepth 1 -delete")
+        aside('chmod -R u+rwX "$0"; find "$0" -mindepth 1 -delete', slot)
     if job.walls and os.listdir("/dev/shm"):
         aside(f"chmod -R u+rwX /dev/shm; find /dev/shm -mindepth 1 -user {job.uid} -delete")
     if os.getpid() == 1 and pathlib.Path("/proc/sysvipc/shm").read_text().count("\n") > 1:
         aside("ipcrm --all")  # System V memory
 
-def aside(command):
-    """Run a shell command out of reach of programs: away from their folder and our pipes."""
-    subprocess.run(command, shell=True, cwd="/", stdin=-3, stdout=-3, stderr=-3)
+REMOVE = 'chmod -R u+rwX "$0"; rm -rf "$0"'  # also what a program closed
+
+def aside(command, folder="/"):
+    """Run a shell command, in which $0 is the folder, out of reach of programs: away from where
+    they write and from our pipes."""
+    subprocess.run(["sh", "-c", command, folder], cwd="/", stdin=DEVNULL, stdout=DEVNULL,
+                   stderr=DEVNULL)
 
 def worker():
     """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
@@ -775,14 +780,14 @@ class Slot:
 
     def open(self, walls):
         """Start the worker, in a clean environment and perhaps in its own namespaces."""
-        aside(f"chmod -R u+rwX {self.folder}; rm -rf {self.folder}")  # of a worker that died
+        aside(REMOVE, self.folder)  # of a worker that died
         self.folder.mkdir(mode=0o711)
         command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
         if "namespaces" in walls:
             unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
             command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
-        self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3, cwd=self.folder,
-                                        env=self.env, start_new_session=True, text=True)
+        self.process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True,
+                                        cwd=self.folder, env=self.env, start_new_session=True)
 
     def close(self):
         """Hang up: the worker kills its program and ends."""
@@ -793,7 +798,7 @@ class Slot:
             self.process.kill()
             self.process.wait()
             if not os.getuid():  # without namespaces, the program of a dead worker lives on
-                subprocess.run("kill -9 -1", shell=True, cwd="/", user=self.uid, stderr=-3)
+                subprocess.run("kill -9 -1", shell=True, cwd="/", user=self.uid, stderr=DEVNULL)
 
 class Pool:
     """Executes programs, cfg.workers at a time. public: {task: folder that programs see}, staged as
@@ -811,7 +816,7 @@ class Pool:
         env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
         self.janitor = subprocess.Popen(  # clears up when we end, however we end
-            ["sh", "-c", 'cat; sleep 1; rm -rf "$0"', self.stage], stdin=-1, start_new_session=True)
+            ["sh", "-c", f"cat; sleep 1; {REMOVE}", self.stage], stdin=PIPE, start_new_session=True)
         uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
         self.slots = [Slot(self.stage / f"slot{k}", uid + k, env) for k in range(count)]
         self.free = queue.SimpleQueue()
@@ -887,7 +892,7 @@ class Pool:
         with concurrent.futures.ThreadPoolExecutor(len(self.slots)) as threads:
             list(threads.map(Slot.close, self.slots))
         self.threads.shutdown()
-        aside(f"chmod -R u+rwX {self.stage}; rm -rf {self.stage}")
+        aside(REMOVE, self.stage)
         self.janitor.kill()
         self.janitor.communicate()
 
@@ -1285,13 +1290,15 @@ def summarize(task, attempts):
                 distinct=len({a.code for a in attempts if a.code}))
 
 def mean(values):
+    """Mean of an iterable of numbers, None if it is empty."""
     values = list(values)
     return float(sum(values) / len(values)) if values else None
 
 def best(task, scores):
+    """The best of a list of scores, None if there is none."""
     return max((s for s in scores if s is not None), key=lambda s: sign(task) * s, default=None)
 
-def write_evaluation(D, run, maker):
+def write_evaluation(D, run):
     """evaluation.json (one task: its record alone), and a table beside the paper's numbers and
     MLE-bench's thresholds. The better of scratch and improve counts (App. C.2)."""
     records = {}
@@ -1301,7 +1308,7 @@ def write_evaluation(D, run, maker):
         records[name] = parts | dict(
             best=top, medal=None if top is None else grade.medal(task, top),
             executions=run.executions, paper=task["paper"], standin=task["standin"],
-            report_fold=run.cfg.report_fold, prompts_skipped=maker.skipped)
+            report_fold=run.cfg.report_fold, prompts_skipped=run.skipped)
         others = {f"paper: {who}": score and score[0]
                   for who, score in task["paper"].get("Table 1", {}).items()}
         others |= {f"MLE-bench: {medal}": task[medal]
@@ -1316,7 +1323,7 @@ def write_evaluation(D, run, maker):
 LOGS, MODELS = ("metrics.jsonl", "attempts.jsonl"), ("actor", "critic", "actor_opt", "critic_opt")
 FREE = ("run", "mode", "program", "iterations", "workers", "eval_samples", "save_every", "raw",
         "data_dir", "unsafe_exec")  # flags that may differ when a run resumes
-STATE = "rng iteration D_prev in_flight drawn executions wall_s best evaluation".split()
+STATE = "rng iteration D_prev in_flight drawn skipped executions wall_s best evaluation".split()
 progress = functools.partial(tqdm.tqdm, unit=" programs", leave=False, dynamic_ncols=True,
                              disable=None)
 
@@ -1328,7 +1335,7 @@ class Run:
         self.folder, self.cfg, self.D = pathlib.Path(cfg.run), cfg, D
         self.clock, self.rng = time.monotonic(), random.Random(cfg.seed)
         self.iteration, self.D_prev, self.in_flight = 0, [], []
-        self.drawn, self.executions, self.wall_s = 0, 0, 0.0  # prompts, programs, seconds so far
+        self.drawn, self.skipped, self.executions, self.wall_s = 0, 0, 0, 0.0  # so far; seconds
         self.best, self.evaluation = {}, {}  # task -> best score in the run; phase -> summaries
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")
@@ -1642,6 +1649,7 @@ def run_training(cfg, D):
         learner = Learner(cfg, initial_policy(cfg, D))
         run.load(learner)
         sampler, maker = HFSampler(cfg, learner.tokenizer), PromptMaker(cfg, D, learner.tokenizer)
+        maker.skipped = run.skipped
         if cfg.instrument == "lm":
             env.copies = lambda attempts: lm_copies(attempts, sampler, learner.ref)
         common = sampler, env, maker, run
@@ -1656,7 +1664,7 @@ def run_training(cfg, D):
             valid = evaluate("trained_scratch", learner.actor, D, [], *common)
             evaluate("trained_improve", learner.actor, D, valid, *common)  # Sec. 3.3, App. C.2
             run.save(learner)
-        write_evaluation(D, run, maker)
+        write_evaluation(D, run)
     if run.iteration:
         plot(run.folder)
     print(f"{run.folder}: figures/training.png, evaluation.json, best/, policy/, metrics.jsonl")
