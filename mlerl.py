@@ -19,8 +19,8 @@ In shapes, B or b is sequences, T response tokens, P prompt tokens, d hidden siz
 from __future__ import annotations
 
 import ast, atexit, base64, collections, concurrent.futures, contextlib, copy, ctypes, dataclasses
-import errno, fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math
-import os, pathlib, queue, random, re, resource, secrets, select, shutil, signal, socket, stat
+import fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math
+import os, pathlib, random, re, resource, secrets, select, shutil, signal, socket, stat
 import struct, subprocess, sys, tempfile, threading, time, types, weakref
 from subprocess import DEVNULL, PIPE
 from typing import Annotated, Literal
@@ -50,8 +50,7 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every hyperparameter and option. Defaults are the paper's (Table 3); `--preset tiny` changes
-    those listed in PRESETS. A flag given on the command line overrides both."""
-
+    those listed in TINY. A flag given on the command line overrides both."""
     task: str = "random-acts-of-pizza"  # in tasks.json, or a JSON file; several with commas; all
     mode: Literal["train", "evaluate", "run", "plot"] = "train"  # what to do
     preset: Literal["auto", "tiny", "paper"] = "auto"  # auto: paper with a GPU, tiny without
@@ -119,7 +118,6 @@ class Config:
     output_kb: Count = 64  # KiB of terminal output kept, head and tail (CHOICE)
     max_procs: Count = 256  # processes and threads of a program (CHOICE)
     threads: Index = 0  # BLAS threads a program; 0: cores / workers
-    reuse: bool = False  # a program that is in flight already is not run a second time (CHOICE)
     fresh_interpreters: bool = False  # a new interpreter a program instead of a fork server
     unsafe_exec: bool = False  # run although answers or trainer cannot be protected here
     program_gpu: bool = False  # let programs see the GPU
@@ -127,20 +125,16 @@ class Config:
     save_every: Count = 10  # iterations between checkpoints (CHOICE)
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
-PRESETS = {
-    "paper": {},
-    "tiny": dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-                 sft_steps=400, sft_lr=2e-3, iterations=64, batch_size=64, mini_batch=32,
-                 max_prompt_tokens=384, max_response_tokens=256, instrument="ast",
-                 lr=2e-4, anneal_to=0.1, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1,
-                 ppo_epochs=2, entropy_coef=0.012, reward="bounded", duration="none",
-                 timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64, reuse=True),
-}
+TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
+            sft_steps=400, sft_lr=2e-3, iterations=64, batch_size=64, mini_batch=32,
+            max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
+            anneal_to=0.1, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
+            entropy_coef=0.012, reward="bounded", duration="none", timeout=20.0, cpu_limit=15.0,
+            memory_gb=2.0, disk_mb=64)
 
 @dataclasses.dataclass
 class Attempt:
     """One action from prompt to reward."""
-
     # Prompt s
     task: str
     kind: str  # "solve" or "improve"
@@ -160,17 +154,14 @@ class Attempt:
     exit: int | None = None  # exit status, or minus the signal
     output: str = ""  # stdout and stderr, head and tail, without the secret
     marks: list[str] = dataclasses.field(default_factory=list)  # what the inserted prints said
-    reused: bool = False  # the result is that of an identical program
-    submission: bytes | None = None  # dropped once logged
+    submission: bytes = b""  # dropped once logged
     # Reward
     score: float | None = None  # raw score on the rows that are rewarded, None if invalid
     report: float | None = None  # raw score on the rows that are reported
     R: float = 0.0
     reason: str = ""  # why a submission was refused
 
-    @property
-    def valid(self):
-        return self.outcome == "ok"
+    valid = property(lambda self: self.outcome == "ok")
 
 # §2 Algorithm 1 -----------------------------------------------------------------------------------
 def train(cfg, D, learner, sampler, env, maker, run):
@@ -212,12 +203,13 @@ def train(cfg, D, learner, sampler, env, maker, run):
 
 # §3 Tasks and prompts (Alg. 1 l. 2 and 8, Sec. 3.3) -----------------------------------------------
 def open_tasks(cfg):
-    """D: {name: record of tasks.json}, to which its data is added: `standin` (bool), `public` and
-    `private` folder, `truth` (answers, a table), `rows` and `report_rows` (bool masks over the
-    answers: those that are rewarded, those that are reported). Raises UserError."""
+    """D: {name: record of tasks.json}, to which is added: `sign` (1 where a higher score is better,
+    else -1), `standin` (bool), `public` and `private` folder, `truth` (answers, a table), `rows` and
+    `report_rows` (bool masks over the answers that are rewarded, reported). Raises UserError."""
     D = {}
     for name in grade.load_tasks() if cfg.task == "all" else cfg.task.split(","):
         task = dict(grade.load_task(name.strip()))
+        task["sign"] = 1 if task["higher_is_better"] else -1
         task["standin"] = grade.ensure_data(task, cfg.data_dir, cfg.raw or None)
         task["public"], task["private"] = grade.paths(task, cfg.data_dir)
         task["truth"] = grade.read_answers(task, task["private"] / task["answers"])
@@ -234,9 +226,8 @@ def encode(tokenizer, chat):
 
 class PromptMaker:
     """Turns tasks and earlier attempts into token ids that fit `max_prompt_tokens`."""
-
     def __init__(self, cfg, D, tokenizer):
-        self.cfg, self.tokenizer, self.skipped = cfg, tokenizer, 0  # skipped: too long to improve
+        self.cfg, self.tokenizer = cfg, tokenizer
         self.packages = prompts.importable(sys.executable)
         widths = (200, 80, 30, 0)  # characters of a value in the snippet of the data
         self.snippets = {(name, width): prompts.snippet(task, width) if width else ""
@@ -256,36 +247,33 @@ class PromptMaker:
         return []
 
     def improve(self, task, a):
-        """Prompt to improve attempt a (App. C.2); from scratch if a's code alone does not fit.
+        """Token ids of the prompt to improve attempt a (App. C.2), [] if its code alone is too long.
         CHOICE: over budget go the snippet, then the head of the output, then the goal."""
-        ids = self.fit(prompts.improve, [
+        return self.fit(prompts.improve, [
             (task | goal, width, a.plan, a.code, a.output[-tail:] if tail else "")
             for goal, width, tail in (({}, 80, 1500), ({}, 0, 1500), ({}, 0, 600), ({}, 0, 200),
                                       ({"goal": ""}, 0, 200), ({"goal": ""}, 0, 0))])
-        self.skipped += not ids
-        return (Attempt(task["name"], "improve", ids, parent=a.id) if ids else
-                Attempt(task["name"], "solve", self.solve_ids[task["name"]]))
 
 def draw_prompts(D, D_prev, n, maker, run, p_improve):
     """n prompts s from D u D_prev (Alg. 1 l. 2): tasks evenly, improve with p_improve (Sec. 3.3).
-    CHOICE: while D_prev has nothing of a task, its prompts are from scratch."""
+    CHOICE: while D_prev has nothing of a task, or what is drawn is too long, from scratch."""
     names, drawn = list(D), []
     for k in range(run.drawn, run.drawn + max(0, n)):
         task = D[names[k % len(names)]]
         candidates = [a for a in D_prev if a.task == task["name"]]
+        a, ids = Attempt(task["name"], "solve", maker.solve_ids[task["name"]], id=k), []
         if candidates and run.rng.random() < p_improve:
-            drawn.append(maker.improve(task, run.rng.choice(candidates)))
-        else:
-            drawn.append(Attempt(task["name"], "solve", maker.solve_ids[task["name"]]))
-        drawn[-1].id = k
-    run.drawn, run.skipped = run.drawn + len(drawn), maker.skipped
+            parent = run.rng.choice(candidates)
+            ids = maker.improve(task, parent)
+            run.skipped += not ids
+        drawn.append(Attempt(task["name"], "improve", ids, parent.id, id=k) if ids else a)
+    run.drawn += len(drawn)
     return drawn
 
 # §4 Sampling (Alg. 1 l. 3) ------------------------------------------------------------------------
 class HFSampler:
-    """Samples with transformers. A sampler has one method, `sample`, that yields attempts as soon
-    as their responses are there: programs of one chunk run while the next is sampled."""
-
+    """Samples with transformers. A sampler has one method, `sample`, that yields attempts once their
+    responses are there: programs of one chunk run while the next is sampled."""
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.eos = cfg, tokenizer, tokenizer.eos_token_id
         self.generation = transformers.GenerationConfig(
@@ -295,9 +283,7 @@ class HFSampler:
 
     def sample(self, attempts, lm, version):
         """Fill response_ids, logp, version, plan and code of each attempt and yield it."""
-        # What the settings above leave open would come from the checkpoint, a repetition penalty
-        # say, and programs would not come from the policy whose log-probs are computed.
-        lm.generation_config = transformers.GenerationConfig()
+        lm.generation_config = transformers.GenerationConfig()  # else a checkpoint's would fill gaps
         attempts = sorted(attempts, key=lambda a: len(a.prompt_ids))  # less padding
         for k in range(0, len(attempts), self.cfg.sample_batch):
             chunk = attempts[k:k + self.cfg.sample_batch]
@@ -326,6 +312,12 @@ LOAD = {"read_csv", "read_json", "read_parquet", "load", "loads", "open"}
 PREDICT = {"predict", "predict_proba", "predict_log_proba", "decision_function"}
 LOSS = "loss|auc|acc|accuracy|score|error|rmse|mse|mae|logloss|kappa|f1"
 MARKERS = [marker for marker, _ in prompts.MILESTONES]
+STAGES, LOSSES = ([m for m in MARKERS if m.endswith(":") == loss] for loss in (False, True))
+# A milestone's print. A loss is a bare name or subscript: printing it cannot change anything.
+MARKER_PRINT = re.compile(
+    rf"""^([ \t]*)print\(["']((?:{'|'.join(STAGES)})(?=["']\))|(?:{'|'.join(LOSSES)})(?=["'],))["']"""
+    r"""(?:, *(\w+(?:\[["']?\w+["']?\])*))?\)[ \t]*$""", re.MULTILINE)
+HIDE = r"\1pass"  # the policy's own, from the frozen LM
 
 def calls(node):
     """Names of all that a statement calls, as in {"read_csv", "fit"}."""
@@ -341,47 +333,20 @@ def milestones(tree):
     """
     simple = [n for n in ast.walk(tree) if isinstance(n, (ast.Assign, ast.Expr, ast.AnnAssign))]
     simple = sorted(simple, key=lambda n: n.lineno)
-
     def reached(names, before=math.inf):
         return [n for n in simple if n.lineno < before and calls(n) & names][-1:]
-
     imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))][-1:]
     predicted = reached(PREDICT)
     end = predicted[0].lineno + 1 if predicted else math.inf
     trained = reached({"fit", "train"}, end)
     model = [n for n in simple if any(MODEL.search(c) for c in calls(n))][:1]
     loaded = reached(LOAD, model[0].lineno if model else end)
-    stages = [marker for marker in MARKERS if not marker.endswith(":")]
-    for marker, nodes in zip(stages, (imports, loaded, model, trained, predicted)):
+    for marker, nodes in zip(STAGES, (imports, loaded, model, trained, predicted)):
         yield from ((marker, n, None) for n in nodes)
-    for marker, who in (("training loss:", "train|training"),
-                        ("testing loss:", "test|testing|val|valid|validation|cv|oof|dev")):
+    for marker, who in zip(LOSSES, ("train|training", "test|testing|val|valid|validation|cv|oof|dev")):
         name = re.compile(rf"(({who})_({LOSS})|({LOSS})_({who}))s?", re.IGNORECASE)
         yield from ((marker, n, n.targets[0].id) for n in simple if isinstance(n, ast.Assign)
                     and isinstance(n.targets[0], ast.Name) and name.fullmatch(n.targets[0].id))
-
-def marker_print(node):
-    """(marker, loss) of a statement print("marker") or print("marker:", loss), else None. A loss is
-    a bare name or subscript: printing it cannot change anything."""
-    match node:
-        case ast.Expr(ast.Call(ast.Name("print"), [ast.Constant(str(marker)), *loss], [])):
-            bare = (ast.Name, ast.Subscript, ast.Constant, ast.Load)
-            if (marker.strip() in MARKERS and len(loss) == marker.strip().endswith(":")
-                    and all(isinstance(n, bare) for x in loss for n in ast.walk(x))):
-                return marker.strip(), ast.unparse(loss[0]) if loss else None
-
-def rewrite(tree, new):
-    """Put the list new(statement) in the place of every statement of a syntax tree."""
-    for parent in list(ast.walk(tree)):
-        for field, value in ast.iter_fields(parent):
-            if isinstance(value, list):
-                setattr(parent, field, [x for old in value for x in new(old)])
-    return tree
-
-def without_own_prints(code):
-    """What the frozen LM may copy: a program whose own milestone prints are `pass`."""
-    tree = ast.parse(code)
-    return ast.unparse(rewrite(tree, lambda old: [ast.Pass()] if marker_print(old) else [old]))
 
 def instrument(code, secret, copied=""):
     """(program with a print at each milestone, who placed them: "lm" or "ast") (Sec. 3.2).
@@ -390,57 +355,54 @@ def instrument(code, secret, copied=""):
     inside try/except, so that it cannot make the program fail. Of the frozen LM's copy only the
     places count: if it changed anything but prints, rules decide. What does not parse stays.
     """
-    def ours(marker, loss):
-        words = f"'{secret} {marker}'" + (f", {loss}" if loss else "")
-        return ast.parse(f"try: print({words})\nexcept Exception: pass").body
-
-    def at_prints(change):
-        return lambda old: change(*found) if (found := marker_print(old)) else [old]
-
-    try:
-        tree, placed, after = ast.parse(code), "ast", collections.defaultdict(list)
-        with contextlib.suppress(SyntaxError, ValueError):
-            plain = rewrite(ast.parse(copied), at_prints(lambda *_: []))
-            if copied and ast.dump(plain) == ast.dump(ast.parse(without_own_prints(code))):
-                tree, placed = rewrite(ast.parse(copied), at_prints(ours)), "lm"
-        for marker, node, loss in milestones(tree) if placed == "ast" else ():
-            after[node] += ours(marker, loss)
-        program = ast.unparse(rewrite(tree, lambda old: [old, *after.get(old, ())])) + "\n"
-        compile(program, "program.py", "exec")
-        same = ast.dump(ast.parse(program)) == ast.dump(tree)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return code, ""
-    return (program, placed) if same else (code, "")
+    def ours(indent, marker, loss):
+        loss = f", {loss}" if loss else ""
+        return f"{indent}try: print('{secret} {marker}'{loss})\n{indent}except Exception: pass"
+    def passes(program):  # one more for each print, unless it got into a text
+        return sum(isinstance(node, ast.Pass) for node in ast.walk(ast.parse(program)))
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        plain, m = MARKER_PRINT.subn(HIDE, code)
+        program, n = MARKER_PRINT.subn(lambda found: ours(*found.groups()), copied)
+        same = ast.dump(ast.parse(MARKER_PRINT.sub("", copied))) == ast.dump(ast.parse(plain))
+        if copied and same and passes(program) == passes(code) + m + n:
+            return program, "lm"
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        n, lines = 0, re.sub("\r\n?", "\n", code).split("\n")
+        found = sorted(milestones(ast.parse(code)), key=lambda found: found[1].end_lineno)
+        for marker, node, loss in reversed(found):
+            indent = lines[node.lineno - 1][:node.col_offset]
+            if not indent.strip():  # else other statements stand on its line
+                n, _ = n + 1, lines.insert(node.end_lineno, ours(indent, marker, loss))
+        if passes("\n".join(lines)) == passes(code) + n:
+            return "\n".join(lines), "ast"
+    return code, ""
 
 def lm_copies(attempts, sampler, lm):
     """Pairs (attempt, the frozen LM's copy of its program with the prints asked for) (App. C.3)."""
     asked, attempts = [], list(attempts)  # all of them together
     for a in (a for a in attempts if a.code.strip()):
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-            chat = prompts.instrument(without_own_prints(a.code) + "\n")
-            asked.append(Attempt("", "instrument", encode(sampler.tokenizer, chat), id=a.id))
+        chat = prompts.instrument(MARKER_PRINT.sub(HIDE, a.code))
+        asked.append(Attempt("", "instrument", encode(sampler.tokenizer, chat), id=a.id))
     copies = {copy.id: copy.code for copy in sampler.sample(asked, lm, -1)}
     return [(a, copies.get(a.id, "")) for a in attempts]
 
 # §6 Execution (Alg. 1 l. 4-5) ---------------------------------------------------------------------
 #
 # Programs are hostile: in search of reward they find the answers if they can. The trainer, which
-# alone knows the answers, hands programs to workers. A worker is locked into a box for good, forks
-# one program at a time, watches it, kills all that it leaves, and empties the box. The walls:
+# alone knows the answers, hands programs to workers, one a slot. A worker forks one program at a
+# time behind these walls, watches it, kills all that it leaves, and empties its box:
 #   user id     one a slot, where the trainer is root: files, signals and limits of others
-#   namespaces  the worker is process 1 of its own process ids, network and System V memory, with a
-#               /dev/shm of its own; everything but the slot's folder is mounted read-only
+#   namespaces  the worker is process 1 of its own process ids and network; all mounts are read-only
+#               but a box and a /dev/shm in memory, new for each program, which the kernel bounds
 #   Landlock    a list of folders that may be read or written; no TCP, signals or tracing outward
-# Not stopped: kernel bugs, side channels, what a program grabs between two looks (LOOK), UNIX
-# sockets in the file system, and marks forged by reading its own source: at most 0.7 over -10.
+# What they do not stop is listed in README.
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
          [])  # best first; the last only with --unsafe-exec
-LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds between looks; files; bytes
+LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds, files, bytes
 PRELOAD = """numpy pandas scipy.sparse joblib sklearn.compose sklearn.ensemble sklearn.linear_model
     sklearn.feature_extraction.text sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
     sklearn.neural_network sklearn.pipeline sklearn.preprocessing sklearn.svm sklearn.tree
     sklearn.decomposition lightgbm xgboost torch""".split()
-LINUX = sys.platform == "linux"
 
 def libc(name, *args):
     """Call the C library; OSError where the function fails."""
@@ -450,17 +412,10 @@ def libc(name, *args):
         raise OSError(ctypes.get_errno(), f"{name} failed")
     return value
 
-def private_mounts(slot):
-    """Make all but the slot's folder read-only, /dev/shm new, and /run, where services' sockets
-    are, empty. In an own mount namespace."""
-    path, bind, recursive, set_attributes = os.fsencode(slot), 1 << 12, 0x8000, 442
-    libc("mount", path, path, None, bind, None)
-    for where, on, off, flags in ((b"/", 1, 0, recursive), (path, 0, 1, 0)):  # read-only on or off
-        libc("syscall", set_attributes, -100, where, flags, struct.pack("QQQQ", on, off, 0, 0), 32)
-    no_setuid_no_devices, room = 2 | 4, b"size=256m,nr_inodes=20000"
-    for where in (b"/dev/shm", b"/run"):
-        libc("mount", b"tmpfs", where, b"tmpfs", no_setuid_no_devices, room)
-    os.chdir(slot)  # what was mounted there just now
+def new_mount(folder, megabytes):
+    """An empty file system in memory over a folder: no device files, no setuid."""
+    libc("mount", b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4,
+         b"mode=1777,size=%dm,nr_inodes=%d" % (megabytes, MAX_FILES))
 
 def landlock(readable, writable):
     """Restrict this process and its children to these paths for good (Linux 5.13); no TCP from
@@ -477,19 +432,34 @@ def landlock(readable, writable):
         libc("syscall", add, ruleset, 1, rule, 0)
     libc("syscall", restrict, ruleset, 0)
 
-def enter_box(job, slot):
-    """Complete the walls around this worker, for good, and import what programs import: imports
-    only, since forks would miss the threads of computations."""
-    if LINUX:
+def enter_box(job):
+    """Build the walls that stay, and import what programs import: imports only, since forks would
+    miss the threads of computations."""
+    if job.walls:
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")  # killed before the trainer is
+        libc("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: nothing gets out of sight
+        libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     if "namespaces" in job.walls:
         if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 14):  # else global
             limit = 332 + job.max_procs  # the first 300 ids are used only once
             pathlib.Path("/proc/sys/kernel/pid_max").write_text(str(limit))
-        private_mounts(slot)
-    if LINUX:  # subreaper: nothing gets out of sight; no_new_privs; not dumpable: nor traceable
-        for option, value in ((36, 1), (38, 1), (4, 0)):
-            libc("prctl", option, value, 0, 0, 0)
+        mount_setattr, recursive, read_only = 442, 0x8000, struct.pack("QQQQ", 1, 0, 0, 0)
+        libc("syscall", mount_setattr, -100, b"/", recursive, read_only, 32)
+        new_mount("/run", 1)  # the sockets of services
+    for name in PRELOAD if job.forked else []:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.freeze()  # the collector must not touch, hence copy, pages that forks share
+
+def drop_rights(job, slot):
+    """Build the walls of a program around this process, for good."""
+    # DATA, not AS: numpy reserves addresses that it never touches. NPROC counts all of a user's.
+    procs = job.max_procs + 4096 * (not job.walls)
+    for name, limit in dict(CORE=0, CPU=math.ceil(job.cpu_limit), FSIZE=job.disk_mb << 20,
+                            NOFILE=1024, DATA=int(job.memory_gb * 2 ** 30), NPROC=procs).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
+    if "namespaces" in job.walls:
+        libc("unshare", 0x08000000)  # CLONE_NEWIPC: System V memory ends with the program
     if "Landlock" in job.walls:
         devices = [f"/dev/{name}" for name in "null zero full random urandom shm".split()]
         gpus = glob.glob("/dev/nvidia*") if job.program_gpu else []
@@ -497,32 +467,16 @@ def enter_box(job, slot):
             /etc/passwd /etc/ld.so.cache /etc/localtime /etc/nsswitch.conf""".split()
         landlock([*system, *map(os.path.realpath, filter(None, sys.path)), sys.prefix,
                   sys.base_prefix, job.public], [str(slot), *devices, *gpus])
-    for name in PRELOAD if job.forked else []:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    gc.freeze()  # the collector must not touch, hence copy, pages that forks share
-
-def become_program(job, work, output):
-    """Run program.py in this forked process as `python -u program.py` would. Never returns."""
-    os.setsid()
-    os.nice(10)  # the worker, which must be able to stop it, comes first
-    os.chdir(work)
-    os.environ.update(HOME=str(work), TMPDIR=f"{work}/tmp")
-    for fd, source in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
-        os.dup2(source, fd)
-    os.closerange(3, 1024)  # a fork inherits everything
-    # DATA, not AS: numpy reserves addresses that it never touches. NPROC counts all of a user's.
-    procs = job.max_procs + 4096 * (not job.walls)
-    for name, limit in dict(CORE=0, CPU=math.ceil(job.cpu_limit), FSIZE=job.disk_mb << 20,
-                            NOFILE=1024, DATA=int(job.memory_gb * 2 ** 30), NPROC=procs).items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
     if "user id" in job.walls:
         os.setgroups([])
         os.setresgid(*[job.uid] * 3)
         os.setresuid(*[job.uid] * 3)
-    if LINUX:
+    if job.walls:
         libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
         libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc
+
+def become_program(job, work):
+    """Run program.py in this forked process as `python -u program.py` would. Never returns."""
     if not job.forked:
         os.execv(sys.executable, [sys.executable, "-u", "program.py"])
     for module in ("numpy.random", "torch.random"):
@@ -533,14 +487,10 @@ def become_program(job, work, output):
     sys.path.insert(0, str(work))
     sys.argv = ["program.py"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")  # as pickling expects
-    main.__file__ = str(work / "program.py")
-    run_main(main.__file__, main.__dict__)
-
-def run_main(path, namespace):
-    """Execute a program and end this process as the interpreter would."""
-    status = 1
+    main.__file__, status = str(work / "program.py"), 1
     try:
-        exec(compile(open(path, "rb").read(), path, "exec", dont_inherit=True), namespace)
+        code = pathlib.Path(main.__file__).read_bytes()
+        exec(compile(code, main.__file__, "exec", dont_inherit=True), main.__dict__)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -550,21 +500,17 @@ def run_main(path, namespace):
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
-    namespace.clear()  # closes, so writes, forgotten files
+    main.__dict__.clear()  # closes, so writes, forgotten files
     gc.collect()
     os._exit(status & 255)
 
 def kill_all(job, first):
     """Kill and reap all that a program left, at one stroke: a sweep would miss what forks."""
-    with contextlib.suppress(ProcessLookupError):
-        if os.getpid() == 1 or "user id" not in job.walls:
-            os.kill(-1 if os.getpid() == 1 else -first, signal.SIGKILL)  # the namespace, the group
-        elif os.fork() == 0:
-            try:
-                os.setresuid(*[job.uid] * 3)
-                os.kill(-1, signal.SIGKILL)  # all of this user
-            finally:
-                os._exit(0)
+    if os.getpid() != 1 and "user id" in job.walls:
+        aside("kill -9 -1", user=job.uid)  # all of this user
+    else:
+        with contextlib.suppress(ProcessLookupError):  # the namespace, else the program's group
+            os.kill(-1 if os.getpid() == 1 else -first, signal.SIGKILL)
     for _ in range(50000):
         try:  # orphans are our children, since we are process 1 or a subreaper
             if not os.waitpid(-1, os.WNOHANG)[0]:
@@ -574,28 +520,21 @@ def kill_all(job, first):
     raise OSError("processes of a program survive SIGKILL")
 
 def too_much(job, slot):
-    """"memory" or "crash" where processes or files pass the limits or hide, else ""."""
-    count, memory, files, size, errors = 0, 0, 0, 0, []
-    alone = os.getpid() == 1  # in the namespace
-    for pid in filter(str.isdigit, os.listdir("/proc") if job.walls else ()):
+    """"memory" or "crash" where all processes of a program together pass its limits, else ""."""
+    alone, memory = os.getpid() == 1, 0  # alone: in a namespace, where the kernel bounds the folder
+    pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()] if job.walls else []
+    if alone and len(pids) > job.max_procs + 1:  # the rest is too slow for a flood
+        return "crash"
+    for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, TypeError):  # it ended
-            if int(pid) == os.getpid() or not alone and os.stat(f"/proc/{pid}").st_uid != job.uid:
-                continue
-            if (count := count + 1) > job.max_procs:
-                return "crash"
-            text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-            memory += int(re.search(r"Pss: +(\d+)", text)[1]) << 10  # shared pages are divided
-    for folder, *names in itertools.chain(os.walk(slot, onerror=errors.append),
-                                          os.walk("/dev/shm" if job.walls else os.devnull)):
-        for name in itertools.chain(*names):
-            with contextlib.suppress(FileNotFoundError):
-                info = os.lstat(os.path.join(folder, name))
-                if info.st_uid == job.uid:
-                    files, size = files + 1, size + info.st_blocks * 512
-        if files > MAX_FILES or size > job.disk_mb << 20:
+            if pid != os.getpid() and (alone or os.stat(f"/proc/{pid}").st_uid == job.uid):
+                text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+                memory += int(re.search(r"Pss: +(\d+)", text)[1])  # KiB; shared pages are divided
+    if not alone:
+        du = subprocess.run(["du", "-sk", slot], cwd="/", stdout=PIPE, stderr=DEVNULL)
+        if int(du.stdout.split()[0]) > job.disk_mb << 10:
             return "crash"
-    hidden = any(not isinstance(error, FileNotFoundError) for error in errors)
-    return "memory" if memory > job.memory_gb * 2 ** 30 else "crash" * hidden
+    return "memory" if memory > job.memory_gb * 2 ** 20 else ""
 
 def watch(job, pid, slot):
     """Wait until the program's first process ends or must end: (exit status or None, why)."""
@@ -610,11 +549,10 @@ def watch(job, pid, slot):
         now = time.monotonic()
         if now >= look:
             try:
-                why = too_much(job, slot)
-            except (OSError, RecursionError):
-                why = "crash"
-            if why:
-                return None, why
+                if why := too_much(job, slot):
+                    return None, why
+            except OSError:  # it hides
+                return None, "crash"
             look = time.monotonic() + LOOK
     return None, "timeout"
 
@@ -622,6 +560,8 @@ def execute(job, slot):
     """Run one program in a new work folder; returns the fields of Attempt's group "Execution".
     "ok": ended without error and left a submission, which is in base64. No word of the output is
     believed: forging one may change the name of a program's failure, never make it a success."""
+    for where in (slot, "/dev/shm") if "namespaces" in job.walls else ():
+        new_mount(where, job.disk_mb)
     work = slot / "work"
     (work / "tmp").mkdir(parents=True)
     (work / "program.py").write_bytes(job.code.encode(errors="replace"))
@@ -633,7 +573,16 @@ def execute(job, slot):
         spent, began, pid = os.times(), time.monotonic(), os.fork()
         if pid == 0:
             try:
-                become_program(job, work, output.fileno())
+                os.setsid()
+                os.nice(10)  # the worker, which must be able to stop it, comes first
+                os.chdir(work)
+                os.environ.update(HOME=str(work), TMPDIR=f"{work}/tmp")
+                null = os.open(os.devnull, os.O_RDONLY)
+                for fd, source in enumerate((null, output.fileno(), output.fileno())):
+                    os.dup2(source, fd)
+                drop_rights(job, slot)
+                os.closerange(3, 1024)  # a fork inherits everything
+                become_program(job, work)
             finally:
                 os._exit(77)
         try:
@@ -651,7 +600,7 @@ def execute(job, slot):
         why = "timeout" if late else name_failure(text)
     return dict(outcome=why or ("no_submission" if data is None else "ok"), exit=status, dt=dt,
                 output=text.replace(f"{work}/", ""), marks=marks,
-                submission=None if data is None else base64.b64encode(data).decode())
+                submission=base64.b64encode(data or b"").decode())
 
 def name_failure(text):
     """The outcome's word for an uncaught exception, from the traceback at the end of the output."""
@@ -662,8 +611,8 @@ def name_failure(text):
             "memory" if error.endswith("MemoryError") else "crash")
 
 def read_output(data, secret, limit):
-    """(head and tail of what a program printed, without the secret; the marks in all of it). One
-    behind a quote is only a traceback's view of an inserted line."""
+    """(head and tail of what a program printed, without the secret; the marks in all of it)."""
+    # One behind a quote is only a traceback's view of an inserted line.
     marks = re.findall(rb"(?<!['\"])" + secret + rb" ([^\r\n]{0,200})", data)[:64]
     data = re.sub(secret + b" ?", b"", data)
     if len(data) > limit:
@@ -683,24 +632,19 @@ def read_submission(folder):
         os.close(fd)
 
 def clean(job, slot):
-    """Empty the box of what a program left, also closed folders, or thousands of them nested."""
-    os.chmod(slot, 0o711)
-    try:
-        for entry in os.scandir(slot):
-            (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink)(entry.path)
-    except (OSError, RecursionError):
-        aside('chmod -R u+rwX "$0"; find "$0" -mindepth 1 -delete', slot)
-    if job.walls and os.listdir("/dev/shm"):
-        aside(f"chmod -R u+rwX /dev/shm; find /dev/shm -mindepth 1 -user {job.uid} -delete")
-    if os.getpid() == 1 and pathlib.Path("/proc/sysvipc/shm").read_text().count("\n") > 1:
-        aside("ipcrm --all")  # System V memory
+    """Empty the box of what a program left."""
+    if "namespaces" in job.walls:
+        for where in (slot, "/dev/shm"):
+            libc("umount2", os.fsencode(where), 2)  # MNT_DETACH
+    else:
+        aside(REMOVE, slot / "work")
+        aside(f"find /dev/shm -mindepth 1 -user {job.uid} -delete" if job.walls else "")
 
-REMOVE = 'chmod -R u+rwX "$0"; rm -rf "$0"'  # also what a program closed
+REMOVE = 'chmod -R u+rwX "$0"; rm -rf "$0"'  # also what a program closed, or nested deeply
 
-def aside(command, folder="/"):
-    """Run a shell command, in which $0 is the folder, out of reach of programs: away from where
-    they write and from our pipes."""
-    subprocess.run(["sh", "-c", command, folder], cwd="/", stdin=DEVNULL, stdout=DEVNULL,
+def aside(command, folder="/", user=None):
+    """Run a shell command, in which $0 is the folder, away from our pipes and where programs are."""
+    subprocess.run(["sh", "-c", command, folder], cwd="/", user=user, stdin=DEVNULL, stdout=DEVNULL,
                    stderr=DEVNULL)
 
 def worker():
@@ -715,17 +659,16 @@ def worker():
         job = types.SimpleNamespace(**json.loads(line))
         job.uid = job.uid if "user id" in job.walls else os.getuid()
         try:
-            boxed = boxed or not enter_box(job, slot)
+            boxed = boxed or not enter_box(job)
             result = execute(job, slot)
+            clean(job, slot)
         except OSError as error:
             result = dict(outcome="infra", output=str(error))
-        clean(job, slot)
         result = print(json.dumps(result), flush=True)  # None: the next fork does not inherit it
         if limits != ([resource.getrlimit(k) for k in range(9)], os.nice(0)):
             return  # a program of our own user id changed them
 
-# Attacks that the walls are to withstand, by a program of our own. The first two claims decide.
-CLAIMS = ("private answers", "the trainer", "files outside its folder", "network")
+CLAIMS = ("private answers", "the trainer", "files outside its folder", "network")  # two decide
 PROBE = """
 import os, resource, socket
 def attack(claim, act, *args):
@@ -740,7 +683,6 @@ attack(1, os.kill, {pid}, 0)
 attack(1, open, "/proc/{pid}/environ")
 attack(1, resource.prlimit, {pid}, resource.RLIMIT_CORE)
 attack(2, os.utime, {file!r})
-attack(2, os.remove, {file!r})
 for path in {home!r}:
     attack(2, os.listdir, path)
 attack(3, socket.create_connection, ("127.0.0.1", {port}), 1)
@@ -751,20 +693,16 @@ open("submission.csv", "w").close()
 """
 
 class Slot:
-    """A worker process and our ends of its pipes; started when needed, also after a death."""
-
+    """A worker process, in its own folder, started when needed; its user id, where it has one."""
     def __init__(self, folder, uid, env):
         self.folder, self.uid, self.env = folder, uid, env
-        self.process, self.began, self.closed = None, None, False  # began: None if none runs
+        self.process, self.began = None, None  # began: seconds, None if nothing runs
 
     def run(self, job):
         """Have the worker execute a job: the fields that `execute` returns."""
         self.began = time.monotonic()
         try:
-            if not self.process or self.process.poll() is not None:
-                self.open(job["walls"])
-            if self.closed:
-                raise OSError("the pool closes")
+            self.process = self.process or self.start(job["walls"])
             print(json.dumps(job | dict(uid=self.uid)), file=self.process.stdin, flush=True)
             if not select.select([self.process.stdout], [], [], job["timeout"] + 120)[0]:
                 raise TimeoutError("no answer")
@@ -774,54 +712,51 @@ class Slot:
         self.began = None
         if result["outcome"] == "infra":
             self.close()
-        if result.get("submission") is not None:
-            result["submission"] = base64.b64decode(result["submission"])
-        return result
+        return result | dict(submission=base64.b64decode(result.get("submission", "")))
 
-    def open(self, walls):
-        """Start the worker, in a clean environment and perhaps in its own namespaces."""
+    def start(self, walls):
+        """A worker in a clean environment and perhaps in its own namespaces."""
         aside(REMOVE, self.folder)  # of a worker that died
         self.folder.mkdir(mode=0o711)
         command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
         if "namespaces" in walls:
             unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
             command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
-        self.process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True,
-                                        cwd=self.folder, env=self.env, start_new_session=True)
+        return subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True,
+                                cwd=self.folder, env=self.env, start_new_session=True)
 
     def close(self):
         """Hang up: the worker kills its program and ends."""
         if self.process:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                if not os.getuid():  # without namespaces, the program of a dead worker lives on
+                    aside("kill -9 -1", user=self.uid)
                 self.process.stdin.close()
                 self.process.wait(1)
             self.process.kill()
             self.process.wait()
-            if not os.getuid():  # without namespaces, the program of a dead worker lives on
-                subprocess.run("kill -9 -1", shell=True, cwd="/", user=self.uid, stderr=DEVNULL)
+            self.process = None
 
 class Pool:
     """Executes programs, cfg.workers at a time. public: {task: folder that programs see}, staged as
     a copy; private: folders they must not see. `report` says in words what was found to hold.
     Raises UserError where the answers or the trainer cannot be protected, unless unsafe_exec."""
-
     def __init__(self, cfg, public, private, secret):
-        cores = len(os.sched_getaffinity(0)) if LINUX else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         count = cfg.workers or cores
         threads = str(cfg.threads or max(1, cores // count))
         env = {k: os.environ[k] for k in ("PATH", "HOME", "LD_LIBRARY_PATH") if k in os.environ}
+        env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+        env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
                     GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # forks are faster
-        env |= {f"{name}_NUM_THREADS": threads for name in ("OMP", "OPENBLAS", "MKL")}
-        env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-        self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
+        self.stage, self.closing = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-")), False
         self.janitor = subprocess.Popen(  # clears up when we end, however we end
-            ["sh", "-c", f"cat; sleep 1; {REMOVE}", self.stage], stdin=PIPE, start_new_session=True)
+            ["sh", "-c", f"cat; for k in 1 2 3 4; do {REMOVE} && exit; sleep 1; done", self.stage],
+            stdin=PIPE, stderr=DEVNULL, start_new_session=True)
         uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
         self.slots = [Slot(self.stage / f"slot{k}", uid + k, env) for k in range(count)]
-        self.free = queue.SimpleQueue()
-        for slot in self.slots:
-            self.free.put(slot)
+        self.free = self.slots.copy()
         self.threads = concurrent.futures.ThreadPoolExecutor(count)  # one a slot
         self.submit = self.threads.submit
         self.job = dataclasses.asdict(cfg) | dict(secret=secret, public=str(self.stage / "public"))
@@ -848,8 +783,7 @@ class Pool:
         for walls, forked in itertools.product(WALLS, (not cfg.fresh_interpreters, False)):
             if "user id" in walls and os.getuid():
                 continue
-            for slot in self.slots:
-                slot.close()
+            self.slots[0].close()
             file.touch()
             self.job = usual | dict(walls=walls, forked=forked)
             result = self.slots[0].run(self.job | probe)
@@ -861,51 +795,43 @@ class Pool:
                 return ["forked with the usual imports" if forked else "fresh interpreters",
                         f"walls: {', '.join(walls) or 'none'}",
                         *(f"{'NOT out' if k in broken else 'out'} of their reach: {claim}"
-                          for k, claim in enumerate(CLAIMS))]
+                          for k, claim in enumerate(CLAIMS)),
+                        *["NOT limited: the number of their files"] * ("namespaces" not in walls)]
         raise UserError(f"programs cannot run safely here ({result['outcome']}: "
-                        f"{result['output'][-200:]}): run as root with Python outside of a closed "
-                        "home, or where user namespaces are allowed, on a Linux with Landlock; or "
-                        "accept the risk with --unsafe-exec")
+                        f"{result['output'][-200:]}): see README's table, or accept the risk with "
+                        "--unsafe-exec")
 
     def run(self, task, code):
         """Execute a program, a second time where it failed by our fault; in a thread: it blocks."""
-        slot, job = self.free.get(), self.job | dict(task=task, code=code)
+        slot, job = self.free.pop(), self.job | dict(task=task, code=code)
         try:
             result = slot.run(job)
-            return slot.run(job) if result["outcome"] == "infra" and not slot.closed else result
+            return slot.run(job) if result["outcome"] == "infra" and not self.closing else result
         finally:
-            self.free.put(slot)
+            self.free.append(slot)
 
     def cancel(self):
         """Kill what runs; returns the seconds that each program had run."""
-        running = [(slot, slot.began) for slot in self.slots if slot.began]
-        for slot, _ in running:
+        running = {slot: began for slot in self.slots if (began := slot.began)}
+        for slot in running:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # no worker now
                 print(file=slot.process.stdin, flush=True)
-        return [time.monotonic() - began for _, began in running]
+        return [time.monotonic() - began for began in running.values()]
 
     def close(self):
         """End all workers and what they run."""
-        for slot in self.slots:
-            slot.closed = True
+        self.closing = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         with concurrent.futures.ThreadPoolExecutor(len(self.slots)) as threads:
             list(threads.map(Slot.close, self.slots))
         self.threads.shutdown()
-        aside(REMOVE, self.stage)
-        self.janitor.kill()
         self.janitor.communicate()
 
 # §7 Reward (Alg. 1 l. 5, Sec. 3.2) ----------------------------------------------------------------
 FAIL, MARK = -10.0, 0.1  # a total failure; each milestone it reached nevertheless (Sec. 3.2)
 
-def sign(task):
-    """1 where a higher score is better, else -1."""
-    return 1 if task["higher_is_better"] else -1
-
 def reward(task, a, cfg):
     """R(s, env-inst(a)) of an executed attempt.
-
     paper: -10 + 0.1 a milestone, or the score, negated where lower is better (Sec. 3.2).
     bounded (CHOICE): (-1 + 0.1 a milestone) / 4, or for the signed score s of a valid program
     (1 + tanh(2 (s - bronze) / |bronze - sample|)) / 2: it beats any failure, steepest at a bronze
@@ -913,17 +839,16 @@ def reward(task, a, cfg):
     """
     marks = sum(any(re.search(p, m) for m in a.marks) for _, p in prompts.MILESTONES)
     if cfg.reward == "paper":
-        return sign(task) * a.score if a.valid else FAIL + MARK * marks
+        return task["sign"] * a.score if a.valid else FAIL + MARK * marks
     if not a.valid:
         return (-1.0 + MARK * marks) / 4
     sample, bronze = (next(v for v in (task[name], task["median"], 0.0) if v is not None)
                       for name in ("sample_score", "bronze"))
     far = abs(bronze - sample) or 1.0
-    return 0.5 + 0.5 * math.tanh(2 * sign(task) * (a.score - bronze) / far)
+    return 0.5 + 0.5 * math.tanh(2 * task["sign"] * (a.score - bronze) / far)
 
 class Environment:
     """P(s, env-inst(a)) of Alg. 1 l. 4: instruments, executes, grades and rewards attempts."""
-
     def __init__(self, cfg, D):
         self.cfg, self.D, self.secret = cfg, D, secrets.token_hex(8)
         self.pool = Pool(cfg, {name: task["public"] for name, task in D.items()},
@@ -933,21 +858,16 @@ class Environment:
             if cfg.drop_leaks:
                 grade.drop_columns(task["public"], task["leaks"])
         self.copies = lambda attempts: ((a, "") for a in attempts)  # or lm_copies
-        self.running = {}  # future of a result -> attempts that wait for it
+        self.running = {}  # future of its result -> attempt
 
     def unfinished(self):
         """All attempts in flight."""
-        return [a for group in self.running.values() for a in group]
+        return list(self.running.values())
 
     def submit(self, attempts):
         """Queue attempts as they come. Does not wait for executions."""
         for a, copied in self.copies(attempts):
-            same = [future for future, (first, *_) in self.running.items()
-                    if self.cfg.reuse and (first.task, first.plan != "", first.code) == (
-                        a.task, a.plan != "", a.code)]
-            a.reused |= bool(same)
-            future = same[0] if same else self.pool.submit(self.step, a, copied)
-            self.running.setdefault(future, []).append(a)
+            self.running[self.pool.submit(self.step, a, copied)] = a
 
     def step(self, a, copied=""):
         """Instrument, execute, grade and reward an attempt, in a thread: the fields that this
@@ -962,24 +882,19 @@ class Environment:
                 result |= {name: grade.grade(task, result["submission"], task["truth"], task[rows])
                            for name, rows in (("score", "rows"), ("report", "report_rows"))}
             except grade.InvalidSubmission as problem:
-                result |= dict(outcome="invalid_submission", reason=str(problem)[:300],
-                               submission=None)
+                result |= dict(outcome="invalid_submission", reason=str(problem)[:300])
         return result | dict(R=reward(task, dataclasses.replace(a, **result), self.cfg))
 
     def collect(self, B, i, keep, tick=lambda: None):
-        """Wait until B executions complete (Alg. 1 l. 5). Returns (batch, lost).
-
-        lost: {"infra": n, "stale": n, "killed": [seconds each ran]}: attempts that failed by our
-        fault or are staler than max_staleness updates are left out and never rewarded; without
-        `keep` those still in flight are killed. `tick` is called for each attempt of the batch.
-        """
+        """Wait until B executions complete (Alg. 1 l. 5). Returns (batch, lost). lost: {"infra": n,
+        "stale": n, "killed": [seconds each ran]}: attempts that failed by our fault or are staler
+        than max_staleness updates are left out and never rewarded; without `keep` those still in
+        flight are killed. `tick` is called for each attempt of the batch."""
         batch, lost = [], dict(infra=0, stale=0, killed=[])
         while len(batch) < B and self.running:
             ended = concurrent.futures.wait(self.running, return_when="FIRST_COMPLETED").done
-            future = next(future for future in self.running if future in ended)
-            a = self.running[future].pop(0)
-            if not self.running[future]:
-                del self.running[future]
+            future = next(future for future in self.running if future in ended)  # the oldest
+            a = self.running.pop(future)
             vars(a).update(future.result())
             if a.outcome == "infra":
                 lost["infra"], why = lost["infra"] + 1, a.output[-200:].strip()
@@ -991,8 +906,8 @@ class Environment:
         if not keep:
             lost["killed"] = self.cancel()
         if lost["infra"] > 0.2 * (len(batch) + lost["infra"]):
-            raise UserError(f"{lost['infra']} programs of an iteration failed by no fault of their "
-                            f"own ({why}): mend that and run again to go on")
+            raise UserError(f"{lost['infra']} programs failed by no fault of their own ({why}): "
+                            "mend that and run again to go on")
         return batch, lost
 
     def cancel(self):
@@ -1008,7 +923,6 @@ CHUNK = 4096  # tokens whose logits exist at one time
 class Learner:
     """Actor (a causal LM), critic (a separate model of the same checkpoint, scalar head) and their
     optimizers (Table 3); ref, the frozen initial policy; tokenizer. Float32 master weights."""
-
     def __init__(self, cfg, folder):
         self.actor, self.tokenizer = load_policy(folder)
         config = transformers.AutoConfig.from_pretrained(folder, num_labels=1)
@@ -1284,7 +1198,7 @@ def summarize(task, attempts):
     clean = [a for a in valid if not any(column in a.code for column in task["leaks"])]
     return dict(n=len(attempts), valid_share=mean(a.valid for a in attempts),
                 valid_score_mean=mean(a.report for a in valid),
-                score_mean=mean(sign(task) * a.report if a.valid else FAIL for a in attempts),
+                score_mean=mean(task["sign"] * a.report if a.valid else FAIL for a in attempts),
                 best=best(task, [a.report for a in valid]), leak_readers=len(valid) - len(clean),
                 best_clean=best(task, [a.report for a in clean]),
                 distinct=len({a.code for a in attempts if a.code}))
@@ -1296,7 +1210,7 @@ def mean(values):
 
 def best(task, scores):
     """The best of a list of scores, None if there is none."""
-    return max((s for s in scores if s is not None), key=lambda s: sign(task) * s, default=None)
+    return max((s for s in scores if s is not None), key=lambda s: task["sign"] * s, default=None)
 
 def write_evaluation(D, run):
     """evaluation.json (one task: its record alone), and a table beside the paper's numbers and
@@ -1330,7 +1244,6 @@ progress = functools.partial(tqdm.tqdm, unit=" programs", leave=False, dynamic_n
 class Run:
     """A run's folder and state. The two logs only grow and are cut back to the last checkpoint on
     resume, which also drops a half-written line; every other file is replaced as a whole."""
-
     def __init__(self, cfg, D):
         self.folder, self.cfg, self.D = pathlib.Path(cfg.run), cfg, D
         self.clock, self.rng = time.monotonic(), random.Random(cfg.seed)
@@ -1339,10 +1252,9 @@ class Run:
         self.best, self.evaluation = {}, {}  # task -> best score in the run; phase -> summaries
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")
-        try:
+        with grade.blame(UserError, f"{cfg.run} is in use by another process: wait, or give "
+                                    "another --run"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{cfg.run} is in use by another process: wait, or give another --run")
         new, path = dataclasses.asdict(cfg), self.folder / "config.json"
         old = read_json(path) if path.exists() else new
         if changed := [k for k in new if k not in FREE and old.get(k) != new[k]]:
@@ -1372,13 +1284,9 @@ class Run:
         saved |= dict(state={name: getattr(self, name) for name in STATE},
                       torch_rng=torch.get_rng_state(),
                       log_sizes={log: (self.folder / log).stat().st_size for log in LOGS})
-        new = self.folder / "checkpoint.new"
-        try:
-            torch.save(saved, new)
-        except RuntimeError as problem:  # so torch reports a full disk
-            new.unlink(missing_ok=True)
-            raise OSError(errno.ENOSPC, f"checkpoint not written ({problem})")
-        os.replace(new, self.folder / "checkpoint.pt")
+        with open(self.folder / "checkpoint.new", "wb") as file:  # by name, a full disk is no OSError
+            torch.save(saved, file)
+        os.replace(file.name, self.folder / "checkpoint.pt")
         save_policy(self.folder / "policy", learner.actor, learner.tokenizer)
 
     def log_attempts(self, attempts, phase):
@@ -1386,20 +1294,19 @@ class Run:
         hidden = ("prompt_ids", "response_ids", "logp", "submission")
         with open(self.folder / "attempts.jsonl", "a") as file:
             for a in attempts:
+                task, path = self.D[a.task], self.folder / "best" / a.task
                 row = {k: v for k, v in vars(a).items() if k not in hidden}
-                file.write(json.dumps(row | dict(phase=phase, tokens=len(a.response_ids))) + "\n")
-        for a in attempts:
-            self.executions += a.dt is not None and not a.reused
-            old, path = self.best.get(a.task), self.folder / "best" / f"{a.task}.py"
-            if a.valid and a.score != old and best(self.D[a.task], [a.score, old]) == a.score:
-                self.best[a.task] = a.score
-                path.parent.mkdir(exist_ok=True)
-                write(path, a.code)
-                write(path.with_suffix(".csv"), a.submission)
-                write(path.with_suffix(".json"), json.dumps(dict(
-                    score=a.score, reported=a.report, attempt=a.id, plan=a.plan,
-                    standin=self.D[a.task]["standin"])))
-            a.submission = None  # no longer needed
+                row |= dict(phase=phase, tokens=len(a.response_ids), standin=task["standin"])
+                file.write(json.dumps(row) + "\n")
+                self.executions += a.dt is not None
+                old = self.best.get(a.task)
+                if a.valid and a.score != old and best(task, [a.score, old]) == a.score:
+                    self.best[a.task] = a.score
+                    path.parent.mkdir(exist_ok=True)
+                    write(path.with_suffix(".py"), a.code)
+                    write(path.with_suffix(".csv"), a.submission)
+                    write(path.with_suffix(".json"), json.dumps(row))
+                a.submission = b""  # no longer needed
 
     def log(self, batch, row):
         """Log an iteration: its attempts, its line of metrics, its line on the terminal."""
@@ -1440,12 +1347,12 @@ EDGES = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e9)  # seconds, of the histograms
 def variance_parts(R, valid):
     """Shares of Var(R), by the law of total variance, that come from: being valid or not, the
     milestones of failures, the scores of valid programs. R (B,), valid (B,) bool."""
-    R, valid = np.asarray(R, float), np.asarray(valid, bool)
-    score = R[valid].var() * valid.mean() if valid.any() else 0.0
-    markers = R[~valid].var() * (~valid).mean() if (~valid).any() else 0.0
-    parts = dict(variance_valid=R.var() - score - markers, variance_markers=markers,
-                 variance_score=score)
-    return {name: float(part / (R.var() or 1.0)) for name, part in parts.items()}
+    R, valid = pd.Series(R), np.array(valid)
+    squares = (R - R.groupby(valid).transform("mean")) ** 2 / len(R)
+    score, markers, whole = squares[valid].sum(), squares[~valid].sum(), R.var(ddof=0)
+    return {name: float(part / (whole or 1.0)) for name, part in dict(
+        variance_valid=whole - score - markers, variance_markers=markers,
+        variance_score=score).items()}
 
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
     """One line of metrics.jsonl. `durations` are of consumed programs, `durations_sampled` also of
@@ -1454,7 +1361,7 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
     sampled, G, V = dt + lost["killed"], returns[x.mask], x.V[x.mask]
     return dict(
         iteration=i, reward_mean=mean(a.R for a in batch),
-        task_score_mean=mean(sign(env.D[a.task]) * a.score if a.valid else FAIL for a in batch),
+        task_score_mean=mean(env.D[a.task]["sign"] * a.score if a.valid else FAIL for a in batch),
         valid_share=mean(a.valid for a in batch),
         valid_score_mean=mean(a.score for a in batch if a.valid),
         improve_share=mean(a.kind == "improve" for a in batch),
@@ -1465,7 +1372,7 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
         staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.unfinished()),
-        distinct=len({a.code for a in batch if a.code}), reused=sum(a.reused for a in batch),
+        distinct=len({a.code for a in batch if a.code}),
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         **variance_parts(x.R, [a.valid for a in batch]),
         outcomes=dict(collections.Counter(a.outcome for a in batch)), lost_infra=lost["infra"],
@@ -1475,13 +1382,10 @@ def plot(folder):
     """Draw figures/training.png from metrics.jsonl, config.json and evaluation.json alone."""
     import matplotlib.pyplot
     matplotlib.use("Agg")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # else it is being written
-    if not rows:
-        raise UserError(f"{folder}/metrics.jsonl is empty: nothing to draw yet")
-    table = pd.DataFrame(rows).astype({"best_score": float})
-    table["hours"] = table.wall_s / 3600
     path = folder / "evaluation.json"
+    with grade.blame(UserError, f"{folder}/metrics.jsonl has nothing to draw yet, or is damaged"):
+        table = pd.read_json(folder / "metrics.jsonl", lines=True)
+        table["hours"] = table["wall_s"] / 3600
     untrained = read_json(path).get("untrained", {}) if path.exists() else {}
     figure, axes = matplotlib.pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for axis, (title, names, before) in zip(axes.flat, (
@@ -1498,7 +1402,7 @@ def plot(folder):
             axis.axhline(untrained[before], color="gray", ls=":", label="untrained policy")
         axis.legend()
     figure.suptitle(read_json(folder / "config.json")["task"]
-                    + " - STAND-IN data, not comparable" * rows[-1]["standin"])
+                    + " - STAND-IN data, not comparable" * bool(table["standin"].any()))
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(folder / "figures" / "training.png", dpi=110)
 
@@ -1517,11 +1421,9 @@ def supervised(lm, tokenizer, pairs, cfg):
             for chat, response in pairs]
     optimizer = torch.optim.AdamW(lm.parameters(), lr=cfg.sft_lr, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.sft_steps)
-
     def loss(rows, ids, attention, mask, c):
         nll = -(c * response_logprobs(lm, ids, attention, mask, cfg)[0]).sum()
         return nll, {"loss": nll}
-
     bar = tqdm.trange(cfg.sft_steps, desc="supervised fine-tuning", unit=" steps", leave=False,
                       disable=None)
     for _ in bar:
@@ -1599,7 +1501,7 @@ def parse(argv):
     preset = asked[1] if asked else "auto"
     if preset == "auto":  # not torch.cuda: importing torch takes seconds
         preset = "paper" if os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") else "tiny"
-    default = dataclasses.replace(Config(), preset=preset, **PRESETS.get(preset, {}))
+    default = dataclasses.replace(Config(), preset=preset, **TINY if preset == "tiny" else {})
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -1628,11 +1530,11 @@ def run_program(cfg, D):
     with contextlib.closing(env.pool):
         a = Attempt(*D, "solve", [], plan="given", code=code)
         vars(a).update(env.step(a))
-    if a.submission is not None:
+    if a.valid:
         write(file, a.submission)
     print(json.dumps(dict(outcome=a.outcome, reward=a.R, score=a.score, reason=a.reason,
                           markers=a.marks, duration=a.dt, exit=a.exit, output=a.output[-2000:],
-                          submission=None if a.submission is None else str(file),
+                          submission=str(file) if a.valid else None,
                           standin=D[a.task]["standin"])))
 
 def run_training(cfg, D):
@@ -1649,7 +1551,6 @@ def run_training(cfg, D):
         learner = Learner(cfg, initial_policy(cfg, D))
         run.load(learner)
         sampler, maker = HFSampler(cfg, learner.tokenizer), PromptMaker(cfg, D, learner.tokenizer)
-        maker.skipped = run.skipped
         if cfg.instrument == "lm":
             env.copies = lambda attempts: lm_copies(attempts, sampler, learner.ref)
         common = sampler, env, maker, run
