@@ -10,8 +10,6 @@ all. Layout: DIR/<task>/prepared/{public,private}; an MLE-bench cache works and 
 
 DEVIATION: a NaN score (constant predictions under Pearson's r) is invalid here, a file that cannot
 be parsed is invalid instead of an error, and oversized files are refused unread.
-
-Contents: §1 tasks, §2 metrics, §3 grading, §4 medals, §5 preparation, §6 data, §7 stand-ins, §8 CLI
 """
 import argparse, contextlib, csv, difflib, hashlib, io, itertools, json, os, re
 import shutil, subprocess, sys, tempfile, zlib
@@ -46,13 +44,13 @@ def need(condition, reason):
     if not condition:
         raise InvalidSubmission(reason)
 
-# --------------------------------------------------------------------------------------------------
-# §1 Tasks
+# §1 Tasks -----------------------------------------------------------------------------------------
 def load_tasks():
-    """All records of tasks.json, {name: record}, each with its own "name"."""
+    """All records of tasks.json, {name: record}, with "name" and "sign": -1 if lower is better."""
     tasks = json.loads(Path(__file__).with_name("tasks.json").read_text(encoding="utf-8"))
     for name, task in tasks.items():
-        task.update(name=name, numeric=[c for p in task["numeric"] for c in expand(p)])
+        task.update(name=name, numeric=[c for p in task["numeric"] for c in expand(p)],
+                    sign=1 if task["higher_is_better"] else -1)
     return tasks
 
 def expand(pattern):
@@ -86,7 +84,7 @@ def load_task(name):
                 "leaks": [], "paper": {}, "md5": {},
                 **dict.fromkeys(("gold", "silver", "bronze", "median", "sample_score")), **own}
         plan = {"raw": "train.csv", "test": 0.2, "sample": 0, **own.get("prepare", {})}
-        task.update(name=Path(name).stem, prepare=plan)
+        task.update(name=Path(name).stem, prepare=plan, sign=1 if higher_is_better else -1)
     return task
 
 def paths(task, data_dir):
@@ -94,8 +92,7 @@ def paths(task, data_dir):
     home = Path(data_dir) / load_task(task)["name"] / "prepared"
     return home / "public", home / "private"
 
-# --------------------------------------------------------------------------------------------------
-# §2 Metrics: pure functions of two (n,) arrays, truth first; log_loss takes (n, classes)
+# §2 Metrics: pure functions of two (n,) arrays, truth first; log_loss takes (n, classes) ----------
 def roc_auc(truth, score):
     """P(a positive scores above a negative), ties count half, from average ranks. truth: 0/1."""
     ranks, positive = pd.Series(score).rank().to_numpy(), truth.astype(bool)
@@ -143,8 +140,7 @@ METRICS = {"roc_auc": (roc_auc, True, {"range": [0, 1]}),
            "pearson": (pearson, True, {}), "rmsle": (rmsle, False, {"range": [0, None]}),
            "log_loss": (log_loss, False, {"range": [0, 1], "row_sum": "close"})}
 
-# --------------------------------------------------------------------------------------------------
-# §3 Validity and grading
+# §3 Validity and grading --------------------------------------------------------------------------
 def grade(task, submission, answers, rows=None):
     """Raw score in the metric's own direction, not rounded, under MLE-bench's validity rules.
 
@@ -259,24 +255,20 @@ def numbers(column, rules):
              f"the values of {name} must be whole numbers")
     return values
 
-# --------------------------------------------------------------------------------------------------
-# §4 Medals
+# §4 Medals ----------------------------------------------------------------------------------------
 def lead(task, score, name):
     """By how much the score, rounded to 5 decimals as in MLE-bench, is better than a threshold."""
-    sign = 1 if task["higher_is_better"] else -1
-    return -1 if task[name] is None else sign * (round(score, 5) - task[name])
+    return -1 if task[name] is None else task["sign"] * (round(score, 5) - task[name])
+
+def best(task, scores):
+    """The best of a list of scores, None if there is none."""
+    return max((s for s in scores if s is not None), key=lambda s: task["sign"] * s, default=None)
 
 def medal(task, score):
     """"gold", "silver", "bronze" or None by the private leaderboard's thresholds."""
-    task, names = load_task(task), ("gold", "silver", "bronze")
-    return next((name for name in names if lead(task, score, name) >= 0), None)
+    return next((m for m in ("gold", "silver", "bronze") if lead(task, score, m) >= 0), None)
 
-def above_median(task, score):
-    """Strictly better than the median of the private leaderboard?"""
-    return lead(load_task(task), score, "median") > 0
-
-# --------------------------------------------------------------------------------------------------
-# §5 Preparation: raw files to public and private
+# §5 Preparation: raw files to public and private --------------------------------------------------
 def build(task, raw, out, temp):
     """Write out/public and out/private from the folder raw as task["prepare"] says; temp takes what
     zips hold. Raises DataError."""
@@ -372,8 +364,7 @@ def drop_columns(folder, columns):
         elif path.suffix == ".zip":
             path.unlink()
 
-# --------------------------------------------------------------------------------------------------
-# §6 Getting data: what is prepared, else raw files, else Kaggle, else a stand-in
+# §6 Getting data: what is prepared, else raw files, else Kaggle, else a stand-in ------------------
 def is_standin(task, data_dir):
     """Is the prepared data an imitation? The file prepared/STANDIN marks it."""
     return (paths(task, data_dir)[0].parent / "STANDIN").is_file()
@@ -396,6 +387,17 @@ def ensure_data(task, data_dir, raw=None, imitate=True):
                             "token; grade.py standin makes imitation data of the known tasks")
         publish(task, data_dir, raw)
     return is_standin(task, data_dir)
+
+def open_task(name, data_dir, raw=None, fold=0.0, seed=0):
+    """A record and its data: `standin` (bool), `public` and `private` folder, `truth` (table of
+    answers), bool masks over its rows: `rows`, which are rewarded, and `report_rows`, a share
+    `fold`, which are reported (both are all rows if it is 0). Raises DataError."""
+    task = load_task(name)
+    standin, (public, private) = ensure_data(task, data_dir, raw), paths(task, data_dir)
+    truth = read_answers(task, private / task["answers"])
+    kept = np.random.default_rng(seed).random(len(truth)) < fold
+    return task | dict(standin=standin, public=public, private=private, truth=truth, rows=~kept,
+                       report_rows=kept if fold else ~kept)
 
 def raw_folder(task, data_dir, raw=None):
     """Where the raw files are: raw, or the task's folder in it; an MLE-bench cache's raw folder;
@@ -436,8 +438,7 @@ def publish(task, data_dir, raw=None):
     for path in missing_files(task, data_dir):
         raise DataError(f"{path} is missing, and {final} in the way: complete it or move it away")
 
-# --------------------------------------------------------------------------------------------------
-# §7 Stand-ins: raw files of the real schema, drawn from the recipe in tasks.json
+# §7 Stand-ins: raw files of the real schema, drawn from the recipe in tasks.json ------------------
 COMMON = np.array("""the to and a of in is it for that you on with my be this was have are but not
 they at from as we so if or an can will there what all about one out just up when who how more
 their some been like no do time only other into than then now over also after""".split(), object)
@@ -542,8 +543,7 @@ def draw(path, rng, z, record):
     lines += ["atom {:.10f} {:.10f} {:.10f} {}".format(*rng.random(3) @ lattice, e) for e in atoms]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# --------------------------------------------------------------------------------------------------
-# §8 Command line
+# §8 Command line ----------------------------------------------------------------------------------
 def score_report(task, file, data_dir):
     """The JSON object of `score`: score, validity, reason, medals, the paper's numbers."""
     if not Path(file).is_file():
@@ -558,7 +558,7 @@ def score_report(task, file, data_dir):
     return {"task": task["name"], "metric": task["metric"], "valid": reason is None,
             "score": None if score is None else round(score, 5), "reason": reason,
             "medal": medal(task, score) if known else None, "standin": standin,
-            "above_median": above_median(task, score) if known else None,
+            "above_median": lead(task, score, "median") > 0 if known else None,
             **{key: task[key] for key in beside}}
 
 def run_command(command, names, data_dir, raw):

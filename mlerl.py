@@ -7,7 +7,6 @@ and follows its Algorithm 1: start reading at `train`.
 
     python mlerl.py --task random-acts-of-pizza                  # train, evaluate, draw figures
     python mlerl.py --mode run --task NAME --program FILE.py     # execute and grade one program
-    python mlerl.py --mode plot --run runs/DIR                   # draw a run's figures again
 
 pi, theta   policy, weights: `actor`             s, a     prompt; plan + program (state, action)
 D, D_prev   tasks; solutions to be improved      R, dt    reward; seconds the program ran
@@ -19,10 +18,9 @@ In shapes, B or b is sequences, T response tokens, P prompt tokens, d hidden siz
 from __future__ import annotations
 
 import ast, atexit, base64, collections, concurrent.futures, contextlib, copy, ctypes, dataclasses
-import fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math
-import os, pathlib, random, re, resource, secrets, select, shutil, signal, socket, stat
-import struct, subprocess, sys, tempfile, threading, time, types, weakref
-from subprocess import DEVNULL, PIPE
+import fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math, os
+import pathlib, random, re, resource, secrets, select, shutil, signal, socket, stat, struct
+import subprocess, sys, tempfile, threading, time, types, weakref
 from typing import Annotated, Literal
 
 import numpy as np
@@ -59,7 +57,6 @@ class Config:
     raw: str = ""  # folder with Kaggle's raw files, to prepare missing data from
     program: str = ""  # --mode run: the Python file to execute
     seed: Index = 0  # seed of everything random
-    # Model
     model: str = "Qwen/Qwen2.5-3B-Instruct"  # name or folder, or "tiny" (Table 3)
     sft: str = ""  # supervised fine-tuning first: JSON lines with "prompt" and "response"
     sft_steps: Count = 300  # steps of supervised fine-tuning (CHOICE: the paper has none)
@@ -67,14 +64,12 @@ class Config:
     sft_batch: Count = 32  # sequences a step of supervised fine-tuning (CHOICE)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass (Table 3)
     gradient_checkpointing: bool = True  # trade time for memory (Table 3)
-    # Algorithm 1
     iterations: Index = 100  # N; "total_epochs" (Table 3)
     batch_size: Count = 128  # B, executions an update (Table 3)
     oversample: Annotated[float, Interval(ge=1, le=1000)] = 2.0  # m; m * B in flight (CHOICE)
     collect: Literal["carry", "first", "wait"] = "carry"  # the unfinished (m-1)B (CHOICE: train)
     max_staleness: Index = 8  # updates; older samples are dropped (CHOICE)
     p_improve: Share = 0.5  # probability of an improvement prompt (Sec. 3.3)
-    # Sampling
     max_prompt_tokens: Count = 1024  # tokens (Table 3)
     max_response_tokens: Count = 1024  # tokens (Table 3)
     temperature: Positive = 0.7  # log-probs everywhere are of logits / temperature (Table 3)
@@ -134,43 +129,36 @@ TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_ev
 
 @dataclasses.dataclass
 class Attempt:
-    """One action from prompt to reward."""
-    # Prompt s
+    """One action from prompt to reward: first the prompt s."""
     task: str
     kind: str  # "solve" or "improve"
     prompt_ids: list[int]
     parent: int | None = None  # id of the attempt that is to be improved
-    # Action a
     id: int = -1
     version: int = -1  # updates the policy had seen when it sampled this action
     response_ids: list[int] = dataclasses.field(default_factory=list)
     logp: list[float] = dataclasses.field(default_factory=list)  # behaviour policy's, per token
     plan: str = ""
     code: str = ""  # as the policy wrote it, without instrumentation
-    # Execution
-    placed: str = ""  # who placed the milestone prints: lm, ast
+    placed: str = ""  # execution: who placed the milestone prints: lm, ast
     outcome: str = ""  # ok no_code syntax import crash timeout memory (no|invalid)_submission infra
     dt: float | None = None  # wall seconds of the program alone; None: nothing was run
     exit: int | None = None  # exit status, or minus the signal
     output: str = ""  # stdout and stderr, head and tail, without the secret
     marks: list[str] = dataclasses.field(default_factory=list)  # what the inserted prints said
     submission: bytes = b""  # dropped once logged
-    # Reward
     score: float | None = None  # raw score on the rows that are rewarded, None if invalid
     report: float | None = None  # raw score on the rows that are reported
     R: float = 0.0
     reason: str = ""  # why a submission was refused
-
     valid = property(lambda self: self.outcome == "ok")
 
 # §2 Algorithm 1 -----------------------------------------------------------------------------------
 def train(cfg, D, learner, sampler, env, maker, run):
     """Algorithm 1 with a PPO update. `run` is new, or holds a checkpoint's state (§12).
-
     What becomes of the (m-1)B unfinished executions decides how duration biases the gradient.
     CHOICE: "carry" lets them run on into later batches (nothing is lost, samples are a few updates
-    stale), "first" kills them (slow programs are censored), "wait" samples only B and waits.
-    """
+    stale), "first" kills them (slow programs are censored), "wait" samples only B and waits."""
     N, B, m = cfg.iterations, cfg.batch_size, cfg.oversample
     wanted, keep = dict(carry=(m * B, True), first=(m * B, False), wait=(B, True))[cfg.collect]
     D_prev = run.D_prev
@@ -178,7 +166,7 @@ def train(cfg, D, learner, sampler, env, maker, run):
     bar = progress(desc="training", total=N * B, initial=run.iteration * B)
     for i in range(run.iteration, N):                                         # l. 1
         began = time.monotonic()
-        n = round(wanted) - len(env.unfinished())
+        n = round(wanted) - len(env.running)
         s = draw_prompts(D, D_prev, n, maker, run, cfg.p_improve)             # l. 2: D u D_prev
         a = sampler.sample(s, learner.actor, version=i)                       # l. 3: a ~ pi(.|s)
         env.submit(a)                                                         # l. 4: env-inst(a)
@@ -193,7 +181,7 @@ def train(cfg, D, learner, sampler, env, maker, run):
         stats = update(learner, x, A, w, returns, cfg, i)                     # l. 7
         D_prev = [a for a in batch if a.valid]                                # l. 8: a new buffer
 
-        run.iteration, run.D_prev, run.in_flight = i + 1, D_prev, env.unfinished()
+        run.iteration, run.D_prev, run.in_flight = i + 1, D_prev, list(env.running.values())
         stats |= dict(sample_s=sampled - began, execute_s=executed - sampled,
                       update_s=time.monotonic() - executed)
         run.log(batch, iteration_metrics(i, batch, lost, x, w, returns, stats, env))
@@ -202,23 +190,6 @@ def train(cfg, D, learner, sampler, env, maker, run):
     bar.close()
 
 # §3 Tasks and prompts (Alg. 1 l. 2 and 8, Sec. 3.3) -----------------------------------------------
-def open_tasks(cfg):
-    """D: {name: record of tasks.json}, to which is added: `sign` (1 where a higher score is better,
-    else -1), `standin` (bool), `public` and `private` folder, `truth` (answers, a table), `rows` and
-    `report_rows` (bool masks over the answers that are rewarded, reported). Raises UserError."""
-    D = {}
-    for name in grade.load_tasks() if cfg.task == "all" else cfg.task.split(","):
-        task = dict(grade.load_task(name.strip()))
-        task["sign"] = 1 if task["higher_is_better"] else -1
-        task["standin"] = grade.ensure_data(task, cfg.data_dir, cfg.raw or None)
-        task["public"], task["private"] = grade.paths(task, cfg.data_dir)
-        task["truth"] = grade.read_answers(task, task["private"] / task["answers"])
-        fold = np.random.default_rng(cfg.seed).random(len(task["truth"])) < cfg.report_fold
-        task["rows"] = ~fold
-        task["report_rows"] = fold if cfg.report_fold else ~fold  # 0: the paper's protocol
-        D[task["name"]] = task
-    return D
-
 def encode(tokenizer, chat):
     """Token ids of chat messages, up to where the response begins."""
     return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True,
@@ -247,7 +218,7 @@ class PromptMaker:
         return []
 
     def improve(self, task, a):
-        """Token ids of the prompt to improve attempt a (App. C.2), [] if its code alone is too long.
+        """Token ids of the prompt to improve attempt a (App. C.2), [] if its code is too long.
         CHOICE: over budget go the snippet, then the head of the output, then the goal."""
         return self.fit(prompts.improve, [
             (task | goal, width, a.plan, a.code, a.output[-tail:] if tail else "")
@@ -272,8 +243,8 @@ def draw_prompts(D, D_prev, n, maker, run, p_improve):
 
 # §4 Sampling (Alg. 1 l. 3) ------------------------------------------------------------------------
 class HFSampler:
-    """Samples with transformers. A sampler has one method, `sample`, that yields attempts once their
-    responses are there: programs of one chunk run while the next is sampled."""
+    """Samples with transformers. A sampler has one method, `sample`, which yields attempts once
+    their responses are there: programs of one chunk run while the next is sampled."""
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.eos = cfg, tokenizer, tokenizer.eos_token_id
         self.generation = transformers.GenerationConfig(
@@ -283,7 +254,7 @@ class HFSampler:
 
     def sample(self, attempts, lm, version):
         """Fill response_ids, logp, version, plan and code of each attempt and yield it."""
-        lm.generation_config = transformers.GenerationConfig()  # else a checkpoint's would fill gaps
+        lm.generation_config = transformers.GenerationConfig()  # a checkpoint's would fill gaps
         attempts = sorted(attempts, key=lambda a: len(a.prompt_ids))  # less padding
         for k in range(0, len(attempts), self.cfg.sample_batch):
             chunk = attempts[k:k + self.cfg.sample_batch]
@@ -306,8 +277,7 @@ def parse_response(text):
     return (text[:block.start()].strip(), block.group(1)) if block else (text.strip(), "")
 
 # §5 Environment instrumentation (Alg. 1 l. 4, Sec. 3.2, App. C.3) ---------------------------------
-MODEL = re.compile(r"Classifier|Regress|Ridge|Lasso|NB$|SV[CR]$|SearchCV|Neighbors|[Mm]odel|Net$|"
-                   r"Sequential|[Pp]ipeline|Tree|Forest|Boost")
+MODEL = re.compile("Classifier|Regress|Ridge|Lasso|NB$|SV[CR]$|Search|[Mm]odel|Net$|[Pp]ipeline")
 LOAD = {"read_csv", "read_json", "read_parquet", "load", "loads", "open"}
 PREDICT = {"predict", "predict_proba", "predict_log_proba", "decision_function"}
 LOSS = "loss|auc|acc|accuracy|score|error|rmse|mse|mae|logloss|kappa|f1"
@@ -315,8 +285,8 @@ MARKERS = [marker for marker, _ in prompts.MILESTONES]
 STAGES, LOSSES = ([m for m in MARKERS if m.endswith(":") == loss] for loss in (False, True))
 # A milestone's print. A loss is a bare name or subscript: printing it cannot change anything.
 MARKER_PRINT = re.compile(
-    rf"""^([ \t]*)print\(["']((?:{'|'.join(STAGES)})(?=["']\))|(?:{'|'.join(LOSSES)})(?=["'],))["']"""
-    r"""(?:, *(\w+(?:\[["']?\w+["']?\])*))?\)[ \t]*$""", re.MULTILINE)
+    rf"""^([ \t]*)print\(["']((?:{'|'.join(STAGES)})(?=["']\))|(?:{'|'.join(LOSSES)})(?=["'],))"""
+    r"""["'](?:, *(\w+(?:\[["']?\w+["']?\])*))?\)[ \t]*$""", re.MULTILINE)
 HIDE = r"\1pass"  # the policy's own, from the frozen LM
 
 def calls(node):
@@ -326,11 +296,9 @@ def calls(node):
 
 def milestones(tree):
     """Yields (marker, the statement after which it is reached, a loss's expression or None).
-
     CHOICE: rules instead of the paper's LM: the last import, the last load before the model, the
     first model built, the last fit before the last prediction, the last prediction, and any
-    assignment to a name such as train_auc or val_loss.
-    """
+    assignment to a name such as train_auc or val_loss."""
     simple = [n for n in ast.walk(tree) if isinstance(n, (ast.Assign, ast.Expr, ast.AnnAssign))]
     simple = sorted(simple, key=lambda n: n.lineno)
     def reached(names, before=math.inf):
@@ -343,18 +311,17 @@ def milestones(tree):
     loaded = reached(LOAD, model[0].lineno if model else end)
     for marker, nodes in zip(STAGES, (imports, loaded, model, trained, predicted)):
         yield from ((marker, n, None) for n in nodes)
-    for marker, who in zip(LOSSES, ("train|training", "test|testing|val|valid|validation|cv|oof|dev")):
+    who = "train|training", "test|testing|val|valid|validation|cv|oof|dev"
+    for marker, who in zip(LOSSES, who):
         name = re.compile(rf"(({who})_({LOSS})|({LOSS})_({who}))s?", re.IGNORECASE)
         yield from ((marker, n, n.targets[0].id) for n in simple if isinstance(n, ast.Assign)
                     and isinstance(n.targets[0], ast.Name) and name.fullmatch(n.targets[0].id))
 
 def instrument(code, secret, copied=""):
     """(program with a print at each milestone, who placed them: "lm" or "ast") (Sec. 3.2).
-
     Each print carries the run's secret, so that prints of the policy's own earn nothing, and stands
     inside try/except, so that it cannot make the program fail. Of the frozen LM's copy only the
-    places count: if it changed anything but prints, rules decide. What does not parse stays.
-    """
+    places count: if it changed anything but prints, rules decide. What does not parse stays."""
     def ours(indent, marker, loss):
         loss = f", {loss}" if loss else ""
         return f"{indent}try: print('{secret} {marker}'{loss})\n{indent}except Exception: pass"
@@ -389,8 +356,8 @@ def lm_copies(attempts, sampler, lm):
 # §6 Execution (Alg. 1 l. 4-5) ---------------------------------------------------------------------
 #
 # Programs are hostile: in search of reward they find the answers if they can. The trainer, which
-# alone knows the answers, hands programs to workers, one a slot. A worker forks one program at a
-# time behind these walls, watches it, kills all that it leaves, and empties its box:
+# alone knows these, hands programs to workers. A worker, one a slot, forks one program at a time
+# behind these walls, watches it, kills all that it leaves, and empties its box:
 #   user id     one a slot, where the trainer is root: files, signals and limits of others
 #   namespaces  the worker is process 1 of its own process ids and network; all mounts are read-only
 #               but a box and a /dev/shm in memory, new for each program, which the kernel bounds
@@ -399,16 +366,14 @@ def lm_copies(attempts, sampler, lm):
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
          [])  # best first; the last only with --unsafe-exec
 LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds, files, bytes
-PRELOAD = """numpy pandas scipy.sparse joblib sklearn.compose sklearn.ensemble sklearn.linear_model
+PRELOAD = """pandas sklearn.compose sklearn.decomposition sklearn.ensemble sklearn.linear_model
     sklearn.feature_extraction.text sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
-    sklearn.neural_network sklearn.pipeline sklearn.preprocessing sklearn.svm sklearn.tree
-    sklearn.decomposition lightgbm xgboost torch""".split()
+    sklearn.neural_network sklearn.svm lightgbm xgboost torch""".split()
 
 def libc(name, *args):
     """Call the C library; OSError where the function fails."""
-    value = getattr(ctypes.CDLL(None, use_errno=True), name)(
-        *(ctypes.c_long(a) if isinstance(a, int) else a for a in args))
-    if value == -1:
+    args = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    if (value := getattr(ctypes.CDLL(None, use_errno=True), name)(*args)) == -1:
         raise OSError(ctypes.get_errno(), f"{name} failed")
     return value
 
@@ -475,8 +440,16 @@ def drop_rights(job, slot):
         libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
         libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc
 
-def become_program(job, work):
+def become_program(job, work, output):
     """Run program.py in this forked process as `python -u program.py` would. Never returns."""
+    os.setsid()
+    os.nice(10)  # the worker, which must be able to stop it, comes first
+    os.chdir(work)
+    os.environ.update(HOME=str(work), TMPDIR=f"{work}/tmp")
+    for fd, source in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
+        os.dup2(source, fd)
+    drop_rights(job, work.parent)
+    os.closerange(3, 1024)  # a fork inherits everything
     if not job.forked:
         os.execv(sys.executable, [sys.executable, "-u", "program.py"])
     for module in ("numpy.random", "torch.random"):
@@ -511,13 +484,9 @@ def kill_all(job, first):
     else:
         with contextlib.suppress(ProcessLookupError):  # the namespace, else the program's group
             os.kill(-1 if os.getpid() == 1 else -first, signal.SIGKILL)
-    for _ in range(50000):
-        try:  # orphans are our children, since we are process 1 or a subreaper
-            if not os.waitpid(-1, os.WNOHANG)[0]:
-                time.sleep(0.0002)
-        except ChildProcessError:
-            return
-    raise OSError("processes of a program survive SIGKILL")
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)  # orphans are our children, since we are process 1 or a subreaper
 
 def too_much(job, slot):
     """"memory" or "crash" where all processes of a program together pass its limits, else ""."""
@@ -531,23 +500,21 @@ def too_much(job, slot):
                 text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
                 memory += int(re.search(r"Pss: +(\d+)", text)[1])  # KiB; shared pages are divided
     if not alone:
-        du = subprocess.run(["du", "-sk", slot], cwd="/", stdout=PIPE, stderr=DEVNULL)
+        du = subprocess.run(["du", "-sk", slot], cwd="/", capture_output=True)
         if int(du.stdout.split()[0]) > job.disk_mb << 10:
             return "crash"
     return "memory" if memory > job.memory_gb * 2 ** 20 else ""
 
 def watch(job, pid, slot):
     """Wait until the program's first process ends or must end: (exit status or None, why)."""
-    now = time.monotonic()
-    end, look = now + job.timeout, now + LOOK
-    while now < end:
+    end, look = time.monotonic() + job.timeout, time.monotonic() + LOOK
+    while time.monotonic() < end:
         ended, status = os.waitpid(-1, os.WNOHANG)  # the program, or an orphan of it
         if ended == pid:
             return os.waitstatus_to_exitcode(status), ""
         if select.select([0], [], [], 0.002)[0]:  # the trainer wants it no more, or is gone
             return None, "cancelled"
-        now = time.monotonic()
-        if now >= look:
+        if time.monotonic() > look:
             try:
                 if why := too_much(job, slot):
                     return None, why
@@ -573,16 +540,7 @@ def execute(job, slot):
         spent, began, pid = os.times(), time.monotonic(), os.fork()
         if pid == 0:
             try:
-                os.setsid()
-                os.nice(10)  # the worker, which must be able to stop it, comes first
-                os.chdir(work)
-                os.environ.update(HOME=str(work), TMPDIR=f"{work}/tmp")
-                null = os.open(os.devnull, os.O_RDONLY)
-                for fd, source in enumerate((null, output.fileno(), output.fileno())):
-                    os.dup2(source, fd)
-                drop_rights(job, slot)
-                os.closerange(3, 1024)  # a fork inherits everything
-                become_program(job, work)
+                become_program(job, work, output.fileno())
             finally:
                 os._exit(77)
         try:
@@ -605,8 +563,8 @@ def execute(job, slot):
 def name_failure(text):
     """The outcome's word for an uncaught exception, from the traceback at the end of the output."""
     error = (re.findall(r"^([\w.]*(?:Error|Exception|Interrupt))(?::|$)", text, re.M) or [""])[-1]
-    if error in ("SyntaxError", "IndentationError", "TabError") and "Traceback (" not in text:
-        return "syntax"
+    if error in ("SyntaxError", "IndentationError", "TabError"):
+        return "crash" if "Traceback (" in text else "syntax"
     return ("import" if error in ("ImportError", "ModuleNotFoundError") else
             "memory" if error.endswith("MemoryError") else "crash")
 
@@ -621,8 +579,8 @@ def read_output(data, secret, limit):
     return data.decode(errors="replace"), [mark.decode(errors="replace") for mark in marks]
 
 def read_submission(folder):
-    """Bytes of a submission or None, once all of the program's processes are dead. A link of either
-    kind (to the answers?), a FIFO, a device, a folder and a gigantic file are none."""
+    """Bytes of a submission or None. A link of either kind, a FIFO, a device, a folder and a
+    gigantic file are none. All of the program's processes are dead by now."""
     with contextlib.suppress(OSError):
         fd = os.open("submission.csv", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         info = os.fstat(fd)
@@ -643,9 +601,9 @@ def clean(job, slot):
 REMOVE = 'chmod -R u+rwX "$0"; rm -rf "$0"'  # also what a program closed, or nested deeply
 
 def aside(command, folder="/", user=None):
-    """Run a shell command, in which $0 is the folder, away from our pipes and where programs are."""
-    subprocess.run(["sh", "-c", command, folder], cwd="/", user=user, stdin=DEVNULL, stdout=DEVNULL,
-                   stderr=DEVNULL)
+    """Run a shell command, in which $0 is the folder, away from our pipes and from programs."""
+    subprocess.run(["sh", "-c", command, folder], cwd="/", user=user, stdin=subprocess.DEVNULL,
+                   capture_output=True)
 
 def worker():
     """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
@@ -671,105 +629,51 @@ def worker():
 CLAIMS = ("private answers", "the trainer", "files outside its folder", "network")  # two decide
 PROBE = """
 import os, resource, socket
-def attack(claim, act, *args):
+attacks = [(0, os.open, path, os.O_RDONLY) for path in {answers!r}]
+attacks += [(2, os.listdir, path) for path in {home!r}]
+attacks += [(1, os.kill, {pid}, 0), (1, open, "/proc/{pid}/environ"), (2, os.utime, {file!r}),
+            (1, resource.prlimit, {pid}, resource.RLIMIT_CORE),
+            (3, socket.create_connection, ("127.0.0.1", {port}), 1),
+            (3, socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))]
+for claim, act, *args in attacks:
     try:
         act(*args)
         print("broken", claim)
     except OSError:
         pass
-for path in {answers!r}:
-    attack(0, os.open, path, os.O_RDONLY)
-attack(1, os.kill, {pid}, 0)
-attack(1, open, "/proc/{pid}/environ")
-attack(1, resource.prlimit, {pid}, resource.RLIMIT_CORE)
-attack(2, os.utime, {file!r})
-for path in {home!r}:
-    attack(2, os.listdir, path)
-attack(3, socket.create_connection, ("127.0.0.1", {port}), 1)
-attack(3, socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))
 import pandas, sklearn.linear_model
 sklearn.linear_model.LogisticRegression().fit([[0.0], [1.0]], [0, 1])
 open("submission.csv", "w").close()
 """
 
-class Slot:
-    """A worker process, in its own folder, started when needed; its user id, where it has one."""
-    def __init__(self, folder, uid, env):
-        self.folder, self.uid, self.env = folder, uid, env
-        self.process, self.began = None, None  # began: seconds, None if nothing runs
-
-    def run(self, job):
-        """Have the worker execute a job: the fields that `execute` returns."""
-        self.began = time.monotonic()
-        try:
-            self.process = self.process or self.start(job["walls"])
-            print(json.dumps(job | dict(uid=self.uid)), file=self.process.stdin, flush=True)
-            if not select.select([self.process.stdout], [], [], job["timeout"] + 120)[0]:
-                raise TimeoutError("no answer")
-            result = json.loads(self.process.stdout.readline())
-        except (OSError, ValueError) as error:
-            result = dict(outcome="infra", output=f"a worker died or did not start ({error})")
-        self.began = None
-        if result["outcome"] == "infra":
-            self.close()
-        return result | dict(submission=base64.b64decode(result.get("submission", "")))
-
-    def start(self, walls):
-        """A worker in a clean environment and perhaps in its own namespaces."""
-        aside(REMOVE, self.folder)  # of a worker that died
-        self.folder.mkdir(mode=0o711)
-        command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
-        if "namespaces" in walls:
-            unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
-            command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
-        return subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True,
-                                cwd=self.folder, env=self.env, start_new_session=True)
-
-    def close(self):
-        """Hang up: the worker kills its program and ends."""
-        if self.process:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                if not os.getuid():  # without namespaces, the program of a dead worker lives on
-                    aside("kill -9 -1", user=self.uid)
-                self.process.stdin.close()
-                self.process.wait(1)
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-class Pool:
+class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
     """Executes programs, cfg.workers at a time. public: {task: folder that programs see}, staged as
     a copy; private: folders they must not see. `report` says in words what was found to hold.
     Raises UserError where the answers or the trainer cannot be protected, unless unsafe_exec."""
     def __init__(self, cfg, public, private, secret):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        count = cfg.workers or cores
+        super().__init__(count := cfg.workers or cores)
         threads = str(cfg.threads or max(1, cores // count))
-        env = {k: os.environ[k] for k in ("PATH", "HOME", "LD_LIBRARY_PATH") if k in os.environ}
-        env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
-        env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-        env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
-                    GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # forks are faster
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
+        self.env = kept | {f"{name}_NUM_THREADS": threads for name in ("OMP", "OPENBLAS", "MKL")}
+        self.env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
+                         GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # forks are faster
+        self.env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         self.stage, self.closing = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-")), False
         self.janitor = subprocess.Popen(  # clears up when we end, however we end
             ["sh", "-c", f"cat; for k in 1 2 3 4; do {REMOVE} && exit; sleep 1; done", self.stage],
-            stdin=PIPE, stderr=DEVNULL, start_new_session=True)
+            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
-        self.slots = [Slot(self.stage / f"slot{k}", uid + k, env) for k in range(count)]
+        self.slots = [types.SimpleNamespace(folder=self.stage / f"slot{k}", uid=uid + k,
+                                            process=None, began=None) for k in range(count)]
         self.free = self.slots.copy()
-        self.threads = concurrent.futures.ThreadPoolExecutor(count)  # one a slot
-        self.submit = self.threads.submit
         self.job = dataclasses.asdict(cfg) | dict(secret=secret, public=str(self.stage / "public"))
-        try:
-            self.stage.chmod(0o711)
-            for task, folder in public.items():
-                shutil.copytree(folder, self.stage / "public" / task / "prepared" / "public")
-            subprocess.run(["chmod", "-R", "u+rwX,go=rX", self.stage / "public"], check=True)
-            self.report = [f"{count} at once, {threads} thread(s) each",
-                           *self.choose(cfg, next(iter(public)), private)]
-        except BaseException:
-            self.close()
-            raise
+        self.stage.chmod(0o711)
+        for task, folder in public.items():
+            shutil.copytree(folder, self.stage / "public" / task / "prepared" / "public")
+        subprocess.run(["chmod", "-R", "u+rwX,go=rX", self.stage / "public"], check=True)
+        self.report = [f"{count} at once, {threads} thread(s) each",
+                       *self.choose(cfg, next(iter(public)), private)]
 
     def choose(self, cfg, task, private):
         """Take the first walls that withstand PROBE, with forked interpreters if those work; says
@@ -783,10 +687,10 @@ class Pool:
         for walls, forked in itertools.product(WALLS, (not cfg.fresh_interpreters, False)):
             if "user id" in walls and os.getuid():
                 continue
-            self.slots[0].close()
+            self.hang_up(self.slots[0])
             file.touch()
             self.job = usual | dict(walls=walls, forked=forked)
-            result = self.slots[0].run(self.job | probe)
+            result = self.ask(self.slots[0], self.job | probe)
             if result["outcome"] == "timeout":  # says nothing about walls, and must not weaken them
                 break
             broken = {int(k) for k in re.findall(r"broken (\d)", result["output"])}
@@ -805,26 +709,68 @@ class Pool:
         """Execute a program, a second time where it failed by our fault; in a thread: it blocks."""
         slot, job = self.free.pop(), self.job | dict(task=task, code=code)
         try:
-            result = slot.run(job)
-            return slot.run(job) if result["outcome"] == "infra" and not self.closing else result
+            result = self.ask(slot, job)
+            return self.ask(slot, job) if result["outcome"] == "infra" else result
         finally:
             self.free.append(slot)
 
+    def ask(self, slot, job):
+        """Have a slot's worker execute a job: the fields that `execute` returns."""
+        slot.began = time.monotonic()
+        try:
+            slot.process = slot.process or self.start_worker(slot, job["walls"])
+            print(json.dumps(job | dict(uid=slot.uid)), file=slot.process.stdin, flush=True)
+            if not select.select([slot.process.stdout], [], [], job["timeout"] + 120)[0]:
+                raise TimeoutError("no answer")
+            result = json.loads(slot.process.stdout.readline())
+        except (OSError, ValueError) as error:
+            result = dict(outcome="infra", output=f"a worker died or did not start ({error})")
+        slot.began = None
+        if result["outcome"] == "infra":
+            self.hang_up(slot)
+        return result | dict(submission=base64.b64decode(result.get("submission", "")))
+
+    def start_worker(self, slot, walls):
+        """A worker in a clean environment and perhaps in its own namespaces."""
+        if self.closing:
+            raise OSError("the pool closes")
+        aside(REMOVE, slot.folder)  # of a worker that died
+        slot.folder.mkdir(mode=0o711)
+        command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
+        if "namespaces" in walls:
+            unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
+            command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True,
+                                cwd=slot.folder, env=self.env, start_new_session=True)
+
+    def hang_up(self, slot):
+        """A slot's worker kills its program and ends."""
+        if slot.process:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                if not os.getuid():  # without namespaces, the program of a dead worker lives on
+                    aside("kill -9 -1", user=slot.uid)
+                slot.process.stdin.close()
+                slot.process.wait(1)
+            slot.process.kill()
+            slot.process.wait()
+            slot.process = None
+
     def cancel(self):
         """Kill what runs; returns the seconds that each program had run."""
-        running = {slot: began for slot in self.slots if (began := slot.began)}
-        for slot in running:
+        running = [(slot, began) for slot in self.slots if (began := slot.began)]
+        for slot, _ in running:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # no worker now
                 print(file=slot.process.stdin, flush=True)
-        return [time.monotonic() - began for began in running.values()]
+        return [time.monotonic() - began for _, began in running]
 
     def close(self):
         """End all workers and what they run."""
         self.closing = True
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.shutdown(wait=False, cancel_futures=True)
         with concurrent.futures.ThreadPoolExecutor(len(self.slots)) as threads:
-            list(threads.map(Slot.close, self.slots))
-        self.threads.shutdown()
+            list(threads.map(self.hang_up, self.slots))
+        self.shutdown()
         self.janitor.communicate()
 
 # §7 Reward (Alg. 1 l. 5, Sec. 3.2) ----------------------------------------------------------------
@@ -835,8 +781,7 @@ def reward(task, a, cfg):
     paper: -10 + 0.1 a milestone, or the score, negated where lower is better (Sec. 3.2).
     bounded (CHOICE): (-1 + 0.1 a milestone) / 4, or for the signed score s of a valid program
     (1 + tanh(2 (s - bronze) / |bronze - sample|)) / 2: it beats any failure, steepest at a bronze
-    medal, so that scores are not drowned. Unknown thresholds are the median's, or 0.
-    """
+    medal, so that scores are not drowned. Unknown thresholds are the median's, or 0."""
     marks = sum(any(re.search(p, m) for m in a.marks) for _, p in prompts.MILESTONES)
     if cfg.reward == "paper":
         return task["sign"] * a.score if a.valid else FAIL + MARK * marks
@@ -859,10 +804,6 @@ class Environment:
                 grade.drop_columns(task["public"], task["leaks"])
         self.copies = lambda attempts: ((a, "") for a in attempts)  # or lm_copies
         self.running = {}  # future of its result -> attempt
-
-    def unfinished(self):
-        """All attempts in flight."""
-        return list(self.running.values())
 
     def submit(self, attempts):
         """Queue attempts as they come. Does not wait for executions."""
@@ -906,8 +847,7 @@ class Environment:
         if not keep:
             lost["killed"] = self.cancel()
         if lost["infra"] > 0.2 * (len(batch) + lost["infra"]):
-            raise UserError(f"{lost['infra']} programs failed by no fault of their own ({why}): "
-                            "mend that and run again to go on")
+            raise UserError(f"{lost['infra']} programs failed by our fault ({why}): run it again")
         return batch, lost
 
     def cancel(self):
@@ -975,19 +915,15 @@ def hidden_states(backbone, ids, attention, T):
 
 def response_logprobs(lm, ids, attention, mask, cfg):
     """log pi(a_t | s, a_<t) and entropy of the tempered policy, logits / temperature.
-
     All log-probs (behaviour, ratio, KL) come from this one function. Returns two (b, T) float32,
-    zero where masked. The vocabulary is large: logits exist for `CHUNK` tokens at a time only.
-    """
+    zero where masked. The vocabulary is large: logits exist for `CHUNK` tokens at a time only."""
     T = mask.shape[1]
     h = hidden_states(lm.get_decoder(), ids, attention, T)[mask]              # (n, d)
     y = ids[:, -T:][mask]                                                     # (n,)
     head = lm.get_output_embeddings()
-
     def score(h, y):
         log_p = (head(h).float() / cfg.temperature).log_softmax(-1)           # (chunk, V)
         return log_p.gather(-1, y[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-
     # With a gradient, logits are computed again in the backward pass rather than kept.
     parts = [checkpoint(score, *chunk, use_reentrant=False) if torch.is_grad_enabled()
              else score(*chunk) for chunk in zip(h.split(CHUNK), y.split(CHUNK))]
@@ -1033,9 +969,7 @@ def assemble(attempts, learner, cfg):
 
 def shape_rewards(R, logp_old, logp_ref, mask, kl_coef):
     """Token rewards r_t = R [t = last] - kl_coef (log pi_old - log pi_ref) (Table 3, k1 estimator).
-
-    R: (B,), the rest (B, T). Returns (B, T), zero where masked.
-    """
+    R: (B,), the rest (B, T). Returns (B, T), zero where masked."""
     r = -kl_coef * (logp_old - logp_ref) * mask                               # (B, T)
     last = mask.sum(1) - 1                                                    # (B,)
     r[torch.arange(len(R)), last] += R
@@ -1043,11 +977,9 @@ def shape_rewards(R, logp_old, logp_ref, mask, kl_coef):
 
 def gae(r, V, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2016, Eq. 16; Table 3: gamma = lam = 1).
-
     A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), V = 0 after the last token.
     r, V, mask: (B, T), responses begin at t = 0. Returns advantages and returns A + V, both (B, T),
-    zero where masked.
-    """
+    zero where masked."""
     A = torch.zeros_like(r)
     A_next, V_next = torch.zeros(len(r)), torch.zeros(len(r))                 # (B,)
     for t in reversed(range(r.shape[1])):
@@ -1068,12 +1000,10 @@ def whiten(A, mask, tasks):
 
 def duration_weights(dt, cfg):
     """Weights w = dt / mean(dt) on the policy gradient (Eq. 3, Sec. 3.1).
-
     dt: B wall seconds, None where nothing was run. Returns (B,) float32 with mean 1; it multiplies
     the policy loss only, never the value loss.
     CHOICE: an answer without a program never was an execution, so no duration biases how often it
-    is seen: it gets weight 1 (0 would make it the one failure without a gradient).
-    """
+    is seen: it gets weight 1 (0 would make it the one failure without a gradient)."""
     ran = [t for t in dt if t is not None]
     if cfg.duration == "none" or not sum(ran):
         return torch.ones(len(dt))
@@ -1089,12 +1019,10 @@ def token_weights(mask, loss_agg):
 
 def policy_loss(logp, logp_prox, logp_old, A, w, cfg):
     """Clipped surrogate (Schulman et al. 2017, Eq. 7) of Eq. 2, weighted by duration (Eq. 3).
-
     rho = pi / pi_prox, L = w min(C, pi_prox / pi_old) max(-A rho, -A clip(rho, 1-eps, 1+eps)).
     For fresh samples pi_prox = pi_old and this is plain PPO; stale ones are corrected by the
     truncated weight (decoupled objective, Hilton et al. 2022). logp*, A: (b, T); w: (b,).
-    Returns the loss and whether it is clipped, both (b, T).
-    """
+    Returns the loss and whether it is clipped, both (b, T)."""
     rho = (logp - logp_prox).exp()                                            # (b, T)
     is_weight = (logp_prox - logp_old).exp().clamp(max=cfg.max_is_weight)     # (b, T)
     plain, clipped = -A * rho, -A * rho.clamp(1 - cfg.clip, 1 + cfg.clip)     # (b, T)
@@ -1108,17 +1036,13 @@ def value_loss(V, V_old, returns, cfg):
 # §10 Update (Alg. 1 l. 7) -------------------------------------------------------------------------
 def update(learner, x, A, w, returns, cfg, i):
     """PPO epochs over the batch, critic then actor (Table 3). Returns statistics, batch means.
-
     The actor is left alone while the critic warms up and where rewards do not vary: whitening
-    would blow up mere noise of the critic (CHOICE).
-    """
+    would blow up mere noise of the critic (CHOICE)."""
     left = 1 - (1 - cfg.anneal_to) * i / max(1, cfg.iterations)  # linear
-
     def critic_loss(rows, ids, attention, mask, c):
         V = response_values(learner.critic, ids, attention, mask, cfg)        # (b, T)
         loss = value_loss(V, like(V, x.V, rows), like(V, returns, rows), cfg)
         return (c * loss).sum(), {"value_loss": (c * loss).sum()}
-
     def actor_loss(rows, ids, attention, mask, c):
         logp, entropy = response_logprobs(learner.actor, ids, attention, mask, cfg)  # (b, T)
         prox, old = like(logp, x.logp_prox, rows), like(logp, x.logp_old, rows)
@@ -1128,7 +1052,6 @@ def update(learner, x, A, w, returns, cfg, i):
         k3 = (logp - prox).exp() - 1 - (logp - prox)                          # Schulman's k3
         return total, {"policy_loss": (c * loss).sum(), "entropy": (c * entropy).sum(),
                        "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
-
     learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left
     learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left
     stats = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "update_kl", "grad_norm"))
@@ -1146,15 +1069,12 @@ def like(tensor, full, rows):
 
 def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, target_kl=0.0):
     """cfg.ppo_epochs passes of mini-batches; gradients add up over micro-batches.
-
-    Stops before an epoch once `update_kl` of the last one passed target_kl. Returns the mean over
-    optimizer steps of what loss_function reports, and the gradient norm.
-    """
+    Stops before an epoch once the mean `update_kl` passed target_kl. Returns the mean over
+    optimizer steps of what loss_function reports, and the gradient norm."""
     totals, steps = collections.Counter(), 0
     model.train()  # no dropout anywhere: this only lets checkpointing work
     for _ in range(cfg.ppo_epochs):
         order = torch.randperm(len(attempts)).tolist()
-        kl = 0.0
         for k in range(0, len(order), cfg.mini_batch):
             mini = sorted(order[k:k + cfg.mini_batch])
             c_all = torch.zeros(mask.shape)
@@ -1165,15 +1085,13 @@ def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, ta
                     c = like(keep, c_all, rows)
                     loss, report = loss_function(rows, ids, attention, keep, c)
                 loss.backward()
-                report = {key: float(value.detach()) for key, value in report.items()}
-                totals.update(report)
-                kl += report.get("update_kl", 0.0)
+                totals.update({key: float(value.detach()) for key, value in report.items()})
             totals["grad_norm"] += float(
                 torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps += 1
-        if target_kl and kl / -(-len(order) // cfg.mini_batch) > target_kl:
+        if target_kl and totals["update_kl"] / steps > target_kl:
             break
     model.eval()  # checkpointing would keep `generate` from its cache
     return {key: value / steps for key, value in totals.items()}
@@ -1196,11 +1114,11 @@ def summarize(task, attempts):
     best_clean leaves out programs that read a column known to leak the label."""
     valid = [a for a in attempts if a.valid]
     clean = [a for a in valid if not any(column in a.code for column in task["leaks"])]
+    top, top_clean = (grade.best(task, [a.report for a in those]) for those in (valid, clean))
     return dict(n=len(attempts), valid_share=mean(a.valid for a in attempts),
                 valid_score_mean=mean(a.report for a in valid),
                 score_mean=mean(task["sign"] * a.report if a.valid else FAIL for a in attempts),
-                best=best(task, [a.report for a in valid]), leak_readers=len(valid) - len(clean),
-                best_clean=best(task, [a.report for a in clean]),
+                best=top, best_clean=top_clean, leak_readers=len(valid) - len(clean),
                 distinct=len({a.code for a in attempts if a.code}))
 
 def mean(values):
@@ -1208,17 +1126,13 @@ def mean(values):
     values = list(values)
     return float(sum(values) / len(values)) if values else None
 
-def best(task, scores):
-    """The best of a list of scores, None if there is none."""
-    return max((s for s in scores if s is not None), key=lambda s: task["sign"] * s, default=None)
-
 def write_evaluation(D, run):
     """evaluation.json (one task: its record alone), and a table beside the paper's numbers and
     MLE-bench's thresholds. The better of scratch and improve counts (App. C.2)."""
     records = {}
     for name, task in D.items():
         parts = {phase: tables[name] for phase, tables in run.evaluation.items()}
-        top = best(task, [part["best"] for phase, part in parts.items() if phase != "untrained"])
+        top = grade.best(task, [parts[p]["best"] for p in parts if p != "untrained"])
         records[name] = parts | dict(
             best=top, medal=None if top is None else grade.medal(task, top),
             executions=run.executions, paper=task["paper"], standin=task["standin"],
@@ -1247,19 +1161,16 @@ class Run:
     def __init__(self, cfg, D):
         self.folder, self.cfg, self.D = pathlib.Path(cfg.run), cfg, D
         self.clock, self.rng = time.monotonic(), random.Random(cfg.seed)
-        self.iteration, self.D_prev, self.in_flight = 0, [], []
-        self.drawn, self.skipped, self.executions, self.wall_s = 0, 0, 0, 0.0  # so far; seconds
-        self.best, self.evaluation = {}, {}  # task -> best score in the run; phase -> summaries
+        self.D_prev, self.in_flight, self.best, self.evaluation = [], [], {}, {}
+        self.iteration = self.drawn = self.skipped = self.executions = self.wall_s = 0  # so far
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")
-        with grade.blame(UserError, f"{cfg.run} is in use by another process: wait, or give "
-                                    "another --run"):
+        with grade.blame(UserError, f"{cfg.run} is in use: wait, or give another --run"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         new, path = dataclasses.asdict(cfg), self.folder / "config.json"
         old = read_json(path) if path.exists() else new
         if changed := [k for k in new if k not in FREE and old.get(k) != new[k]]:
-            raise UserError(f"{cfg.run} was begun with other values of {', '.join(changed)}: give "
-                            "the same, or another --run")
+            raise UserError(f"{cfg.run} differs in {', '.join(changed)}: keep it, or a new --run")
         write(path, json.dumps(new, indent=1))
         write(self.folder / "mlerl.py", pathlib.Path(__file__).read_bytes())
 
@@ -1284,7 +1195,7 @@ class Run:
         saved |= dict(state={name: getattr(self, name) for name in STATE},
                       torch_rng=torch.get_rng_state(),
                       log_sizes={log: (self.folder / log).stat().st_size for log in LOGS})
-        with open(self.folder / "checkpoint.new", "wb") as file:  # by name, a full disk is no OSError
+        with open(self.folder / "checkpoint.new", "wb") as file:  # a full disk is an OSError
             torch.save(saved, file)
         os.replace(file.name, self.folder / "checkpoint.pt")
         save_policy(self.folder / "policy", learner.actor, learner.tokenizer)
@@ -1300,7 +1211,7 @@ class Run:
                 file.write(json.dumps(row) + "\n")
                 self.executions += a.dt is not None
                 old = self.best.get(a.task)
-                if a.valid and a.score != old and best(task, [a.score, old]) == a.score:
+                if a.valid and a.score != old and grade.best(task, [a.score, old]) == a.score:
                     self.best[a.task] = a.score
                     path.parent.mkdir(exist_ok=True)
                     write(path.with_suffix(".py"), a.code)
@@ -1350,9 +1261,8 @@ def variance_parts(R, valid):
     R, valid = pd.Series(R), np.array(valid)
     squares = (R - R.groupby(valid).transform("mean")) ** 2 / len(R)
     score, markers, whole = squares[valid].sum(), squares[~valid].sum(), R.var(ddof=0)
-    return {name: float(part / (whole or 1.0)) for name, part in dict(
-        variance_valid=whole - score - markers, variance_markers=markers,
-        variance_score=score).items()}
+    parts = dict(valid=whole - score - markers, markers=markers, score=score)
+    return {f"variance_{name}": float(part / (whole or 1.0)) for name, part in parts.items()}
 
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
     """One line of metrics.jsonl. `durations` are of consumed programs, `durations_sampled` also of
@@ -1364,14 +1274,13 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         task_score_mean=mean(env.D[a.task]["sign"] * a.score if a.valid else FAIL for a in batch),
         valid_share=mean(a.valid for a in batch),
         valid_score_mean=mean(a.score for a in batch if a.valid),
-        improve_share=mean(a.kind == "improve" for a in batch),
         duration_mean=mean(dt), duration_sampled_mean=mean(sampled),
         durations=np.histogram(dt, EDGES)[0].tolist(),
         durations_sampled=np.histogram(sampled, EDGES)[0].tolist(),
         weight_max=float(w.max()), ess=float(w.sum() ** 2 / (w ** 2).sum()),
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
-        staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.unfinished()),
+        staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.running),
         distinct=len({a.code for a in batch if a.code}),
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         **variance_parts(x.R, [a.valid for a in batch]),
@@ -1384,7 +1293,8 @@ def plot(folder):
     matplotlib.use("Agg")
     path = folder / "evaluation.json"
     with grade.blame(UserError, f"{folder}/metrics.jsonl has nothing to draw yet, or is damaged"):
-        table = pd.read_json(folder / "metrics.jsonl", lines=True)
+        text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # the rest is half a line
+        table = pd.read_json(io.StringIO(text), lines=True)
         table["hours"] = table["wall_s"] / 3600
     untrained = read_json(path).get("untrained", {}) if path.exists() else {}
     figure, axes = matplotlib.pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
@@ -1409,10 +1319,8 @@ def plot(folder):
 # §14 Supervised fine-tuning and the tiny policy ---------------------------------------------------
 def supervised(lm, tokenizer, pairs, cfg):
     """Fine-tune lm on (chat, response) pairs: AdamW, cosine to 0, loss on response tokens.
-
     CHOICE: the paper begins with an instruction-tuned model; one trained from nothing needs this
-    first. It is trained at temperature 1 and sampled at 0.7, which makes its bugs rarer.
-    """
+    first. It is trained at temperature 1 and sampled at 0.7, which makes its bugs rarer."""
     rng = random.Random(cfg.seed)
     cfg = dataclasses.replace(cfg, temperature=1.0, ppo_epochs=1, mini_batch=cfg.sft_batch,
                               loss_agg="token")
@@ -1424,12 +1332,10 @@ def supervised(lm, tokenizer, pairs, cfg):
     def loss(rows, ids, attention, mask, c):
         nll = -(c * response_logprobs(lm, ids, attention, mask, cfg)[0]).sum()
         return nll, {"loss": nll}
-    bar = tqdm.trange(cfg.sft_steps, desc="supervised fine-tuning", unit=" steps", leave=False,
-                      disable=None)
-    for _ in bar:
+    for _ in tqdm.trange(cfg.sft_steps, desc="supervised fine-tuning", leave=False, disable=None):
         chosen = rng.sample(data, min(cfg.sft_batch, len(data)))
         mask = padded(chosen, "cpu")[2]
-        bar.set_postfix(optimize(lm, optimizer, loss, chosen, mask, cfg, cfg.actor_grad_clip))
+        optimize(lm, optimizer, loss, chosen, mask, cfg, cfg.actor_grad_clip)
         schedule.step()
 
 def tiny_tokenizer(pairs):
@@ -1472,7 +1378,6 @@ def tiny_policy(cfg, D):
         torch.set_num_threads(os.cpu_count())  # no programs run yet
         supervised(lm, tokenizer, pairs, cfg)
         torch.set_num_threads(1)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         save_policy(folder, lm, tokenizer)
     return folder
 
@@ -1497,8 +1402,7 @@ def parse(argv):
     """Command line -> Config. UserError where a flag is unknown, malformed or impossible."""
     import pydantic
     import tyro
-    asked = re.search(r"--preset[= ](\w+)", " ".join(argv))
-    preset = asked[1] if asked else "auto"
+    preset = (re.findall(r"--preset[= ](\w+)", " ".join(argv)) or ["auto"])[-1]
     if preset == "auto":  # not torch.cuda: importing torch takes seconds
         preset = "paper" if os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") else "tiny"
     default = dataclasses.replace(Config(), preset=preset, **TINY if preset == "tiny" else {})
@@ -1514,28 +1418,26 @@ def parse(argv):
     except pydantic.ValidationError as problem:
         first = problem.errors()[0]
         raise UserError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}")
-    if (cfg.mode == "run") != bool(cfg.program) or (
-            cfg.mode == "run" and ("," in cfg.task or cfg.task == "all")):
+    if (cfg.mode == "run" and cfg.task != "all" and "," not in cfg.task) != bool(cfg.program):
         raise UserError("--mode run and --program FILE go together, with one --task: see --help")
     if cfg.mode in ("plot", "evaluate") and not os.path.exists(f"{cfg.run}/metrics.jsonl"):
         raise UserError(f"--mode {cfg.mode} needs --run with a run's folder, not {cfg.run!r}")
-    name = f"{cfg.task.replace(',', '+')}-{preset}-s{cfg.seed}"
-    return dataclasses.replace(cfg, run=cfg.run or os.path.join("runs", name))
+    name = f"runs/{cfg.task.replace(',', '+')}-{preset}-s{cfg.seed}"
+    return dataclasses.replace(cfg, run=cfg.run or name)
 
 def run_program(cfg, D):
     """--mode run: one program exactly as in training; prints one JSON object."""
-    with grade.blame(UserError, f"cannot read --program {cfg.program}"):
-        code = pathlib.Path(cfg.program).read_text()
-    env, file = Environment(cfg, D), pathlib.Path(cfg.program).with_suffix(".submission.csv")
+    path = pathlib.Path(cfg.program)
+    with grade.blame(UserError, f"cannot read --program {path}"):
+        a = Attempt(*D, "solve", [], plan="given", code=path.read_text())
+    env = Environment(cfg, D)
     with contextlib.closing(env.pool):
-        a = Attempt(*D, "solve", [], plan="given", code=code)
         vars(a).update(env.step(a))
     if a.valid:
-        write(file, a.submission)
+        write(path := path.with_suffix(".submission.csv"), a.submission)
     print(json.dumps(dict(outcome=a.outcome, reward=a.R, score=a.score, reason=a.reason,
                           markers=a.marks, duration=a.dt, exit=a.exit, output=a.output[-2000:],
-                          submission=str(file) if a.valid else None,
-                          standin=D[a.task]["standin"])))
+                          submission=str(path) if a.valid else None, standin=D[a.task]["standin"])))
 
 def run_training(cfg, D):
     """--mode train and evaluate, from the warm start to the closing table."""
@@ -1544,9 +1446,7 @@ def run_training(cfg, D):
     with contextlib.closing(env.pool):
         for name, task in D.items():
             print("task      ", name, "- STAND-IN data, not comparable" * task["standin"])
-        print(f"policy     {cfg.model} (preset {cfg.preset}), run folder {cfg.run}\nmethod    ", *(
-            f"{k}={getattr(cfg, k)}"
-            for k in "iterations batch_size collect duration reward instrument".split()))
+        print(f"policy     {cfg.model} (preset {cfg.preset}), {cfg.collect}, in {cfg.run}")
         print(*(f"programs   {line}" for line in env.pool.report), sep="\n")
         learner = Learner(cfg, initial_policy(cfg, D))
         run.load(learner)
@@ -1579,7 +1479,10 @@ def main(argv):
             return 0
         import_torch()
         torch.set_num_threads(1 if not torch.cuda.is_available() else 4)  # programs need the cores
-        (run_program if cfg.mode == "run" else run_training)(cfg, open_tasks(cfg))
+        D = [grade.open_task(name.strip(), cfg.data_dir, cfg.raw or None, cfg.report_fold, cfg.seed)
+             for name in (grade.load_tasks() if cfg.task == "all" else cfg.task.split(","))]
+        mode = run_program if cfg.mode == "run" else run_training
+        mode(cfg, {task["name"]: task for task in D})
         return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -897,7 +897,6 @@ def test_valid_program_earns_the_score_signed_where_lower_is_better(D, higher, s
 @pytest.mark.parametrize("name", sorted(grade.load_tasks()))
 def test_bounded_reward_is_monotone_and_any_valid_beats_any_failure(name):
     task = grade.load_tasks()[name]
-    task["sign"] = 1 if task["higher_is_better"] else -1
     higher, gold, sample = task["higher_is_better"], task["gold"], task.get("sample_score")
     earn = lambda n, **how: mlerl.reward(task, with_marks(n, **how), config(reward="bounded"))
     start = task["median"] if sample is None else sample
@@ -958,7 +957,7 @@ def test_report_fold_splits_the_private_rows(tmp_path, monkeypatch, share):
     monkeypatch.setattr(grade, "ensure_data", lambda *a, **k: True)
     (tmp_path / TASK / "prepared" / "private").mkdir(parents=True)
     answers(400).to_csv(tmp_path / TASK / "prepared" / "private" / "test.csv", index=False)
-    task = mlerl.open_tasks(config(task=TASK, data_dir=str(tmp_path), report_fold=share))[TASK]
+    task = grade.open_task(TASK, str(tmp_path), fold=share)
     rows, report = np.asarray(task["rows"]), np.asarray(task["report_rows"])
     if share:
         assert (rows ^ report).all() and 80 < report.sum() < 160
@@ -1427,8 +1426,8 @@ def test_improvement_prompts_drop_snippet_then_goal_then_output_but_never_code(D
 @pytest.mark.parametrize("size", [0, 10, 700, 900, 1200, 1499])
 def test_an_output_within_its_budget_is_shown_whole(D, fakes, policy, size):
     output = ("FIRST " + "x" * 1500)[:size]
-    s = maker(D, policy, max_prompt_tokens=9000).improve(D[TASK], attempt("x = 1\n", output=output))
-    assert output in maker(D, policy).tokenizer.decode(s.prompt_ids)
+    ids = maker(D, policy, max_prompt_tokens=9000).improve(D[TASK], attempt("x = 1\n", output=output))
+    assert output in maker(D, policy).tokenizer.decode(ids)
 
 
 def test_solve_prompts_fit_with_as_much_snippet_as_possible(D, fakes, policy):
@@ -1446,7 +1445,7 @@ def test_solve_prompts_fit_with_as_much_snippet_as_possible(D, fakes, policy):
 
 
 def drawn(D, policy, D_prev, n, p, seed=0):
-    state = types.SimpleNamespace(rng=random.Random(seed), drawn=0)
+    state = types.SimpleNamespace(rng=random.Random(seed), drawn=0, skipped=0)
     return mlerl.draw_prompts(D, D_prev, n, maker(D, policy), state, p), state
 
 
@@ -1487,8 +1486,8 @@ def test_collect_takes_B_and_leaves_the_rest_in_flight(D, fakes):
     env = environment(D)
     submit_all(env, [script(dt=k) for k in range(7)])
     batch, lost = env.collect(4, 0, keep=True)
-    assert [a.id for a in batch] == [0, 1, 2, 3] and len(env.unfinished()) == 3
-    assert sorted(a.id for a in env.unfinished()) == [4, 5, 6]
+    assert [a.id for a in batch] == [0, 1, 2, 3] and len(env.running) == 3
+    assert sorted(a.id for a in env.running.values()) == [4, 5, 6]
     assert lost == dict(infra=0, stale=0, killed=[])
     assert [a.dt for a in batch] == [0, 1, 2, 3]
 
@@ -1497,7 +1496,7 @@ def test_collect_first_kills_the_rest(D, fakes):
     env = environment(D)
     submit_all(env, [script(dt=k) for k in range(7)])
     batch, lost = env.collect(4, 0, keep=False)
-    assert len(batch) == 4 and env.unfinished() == [] and lost["killed"] == [0.5]
+    assert len(batch) == 4 and env.running == {} and lost["killed"] == [0.5]
 
 
 def test_stale_samples_are_dropped_and_counted(D, fakes):
@@ -2074,10 +2073,10 @@ def says(error, flag):
 @pytest.mark.parametrize("flags, said", [
     *((f, next(iter(f))) for f in WRONG_WORDS + WRONG_NUMBERS), *WRONG_COMBINATIONS], ids=name_of)
 def test_a_flag_that_makes_no_sense_is_one_line_that_names_it(command, monkeypatch, capfd, flags, said):
-    def accepted(cfg):
+    def accepted(*args):
         raise AssertionError("accepted")
 
-    monkeypatch.setattr(mlerl, "open_tasks", accepted)
+    monkeypatch.setattr(grade, "open_task", accepted)
     error = one_clear_line(command(**flags), capfd)
     assert says(error, said), error
 
@@ -2208,12 +2207,7 @@ def test_every_flag_is_read_somewhere():
     assert unread == []
 
 
-OVER = "mlerl.py is over its budget and awaits cutting"
-
-
-@pytest.mark.parametrize("name, budget", [
-    pytest.param("mlerl.py", 1500, marks=pytest.mark.xfail(strict=True, reason=OVER)), ("grade.py", 600),
-    ("prompts.py", 350)])
+@pytest.mark.parametrize("name, budget", [("mlerl.py", 1500), ("grade.py", 600), ("prompts.py", 350)])
 def test_line_budgets_hold(name, budget):
     assert len((HERE / name).read_text().splitlines()) <= budget
 
@@ -3102,8 +3096,8 @@ def test_medals_are_decided_on_rounded_scores():
                           (0.6921, "bronze"), (0.69209500001, "bronze")):
         assert grade.medal(t, score) == wanted, score
     assert [grade.medal(leaf, s) for s in (2e-16, 0.01526, 0.01527)] == ["gold", "bronze", None]
-    assert grade.above_median(t["name"], 0.6) and not grade.above_median(t, 0.599591)
-    assert grade.above_median(leaf, 0.1) and not grade.above_median(leaf, 0.11)
+    assert grade.lead(t, 0.6, "median") > 0 >= grade.lead(t, 0.599591, "median")
+    assert grade.lead(leaf, 0.1, "median") > 0 > grade.lead(leaf, 0.11, "median")
 
 def test_tasks_are_complete():
     for t in TASKS.values():
@@ -3400,7 +3394,7 @@ def test_own_task_made_from_a_csv(tmp_path):
     good = test[["id"]].assign(animal=np.where(test["x"] > 0.1, "dog", "cat"))
     assert grade.grade(t, good, private / t["answers"]) == 1.0
     assert grade.grade(t, public / t["sample"], private / t["answers"]) < 0.8
-    assert grade.medal(t, 1.0) is None and not grade.above_median(t, 1.0)
+    assert grade.medal(t, 1.0) is None and grade.lead(t, 1.0, "median") < 0
 
 
 # --------------------------------------------------------------------------------------------------
