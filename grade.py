@@ -84,7 +84,7 @@ def load_task(name):
                 "leaks": [], "paper": {}, "md5": {},
                 **dict.fromkeys(("gold", "silver", "bronze", "median", "sample_score")), **own}
         plan = {"raw": "train.csv", "test": 0.2, "sample": 0, **own.get("prepare", {})}
-        task.update(name=Path(name).stem, prepare=plan, sign=1 if higher_is_better else -1)
+        task.update(name=Path(name).stem, prepare=plan, sign=1 if task["higher_is_better"] else -1)
     return task
 
 def paths(task, data_dir):

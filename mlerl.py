@@ -77,13 +77,11 @@ class Config:
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0  # 1: no truncation (Table 3)
     ignore_eos: bool = False  # go on after the end token (Table 3)
     sample_batch: Count = 128  # prompts a call of generate (CHOICE)
-    # Environment and reward
     instrument: Literal["lm", "ast", "none"] = "lm"  # who places the milestone prints (Sec. 3.2)
     reward: Literal["paper", "bounded"] = "paper"  # paper: -10 + 0.1 a milestone, else the score
     duration: Literal["paper", "none"] = "paper"  # paper: dt / mean dt on the policy loss (Eq. 3)
     drop_leaks: bool = False  # hide columns known to give the label away (tasks.json)
     report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
-    # Learner
     lr: Size = 1e-5  # actor (Table 3)
     anneal_to: Share = 1.0  # share left of lr, critic_lr, entropy_coef at iteration N (1: Table 3)
     critic_lr: Size = 1e-5  # critic (Table 3)
@@ -104,7 +102,6 @@ class Config:
     lam: Share = 1.0  # GAE's lambda (Table 3)
     loss_agg: Literal["seq", "token"] = "seq"  # mean over sequences of token means, or over tokens
     target_kl: Size = 0.0  # stop an update's epochs past this KL from its start; 0: never
-    # Execution
     workers: Index = 0  # programs at once; 0: one a core
     timeout: Positive = 600.0  # wall seconds a program (CHOICE)
     cpu_limit: Positive = 1200.0  # CPU seconds a program (CHOICE)
@@ -121,15 +118,15 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            sft_steps=400, sft_lr=2e-3, iterations=64, batch_size=64, mini_batch=32,
+            sft_steps=400, sft_lr=2e-3, iterations=48, batch_size=64, mini_batch=32,
             max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
             anneal_to=0.1, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-            entropy_coef=0.012, reward="bounded", duration="none", timeout=20.0, cpu_limit=15.0,
-            memory_gb=2.0, disk_mb=64)
+            entropy_coef=0.04, kl_coef=0.005, reward="bounded", duration="none", timeout=20.0,
+            cpu_limit=15.0, memory_gb=2.0, disk_mb=64)
 
 @dataclasses.dataclass
 class Attempt:
-    """One action from prompt to reward: first the prompt s."""
+    """One action from prompt s to reward R."""
     task: str
     kind: str  # "solve" or "improve"
     prompt_ids: list[int]
@@ -140,7 +137,7 @@ class Attempt:
     logp: list[float] = dataclasses.field(default_factory=list)  # behaviour policy's, per token
     plan: str = ""
     code: str = ""  # as the policy wrote it, without instrumentation
-    placed: str = ""  # execution: who placed the milestone prints: lm, ast
+    placed: str = ""  # who placed the milestone prints: lm, ast
     outcome: str = ""  # ok no_code syntax import crash timeout memory (no|invalid)_submission infra
     dt: float | None = None  # wall seconds of the program alone; None: nothing was run
     exit: int | None = None  # exit status, or minus the signal
@@ -277,7 +274,7 @@ def parse_response(text):
     return (text[:block.start()].strip(), block.group(1)) if block else (text.strip(), "")
 
 # §5 Environment instrumentation (Alg. 1 l. 4, Sec. 3.2, App. C.3) ---------------------------------
-MODEL = re.compile("Classifier|Regress|Ridge|Lasso|NB$|SV[CR]$|Search|[Mm]odel|Net$|[Pp]ipeline")
+MODEL = re.compile("Classif|Regress|Ridge|Lasso|NB$|SV[CR]$|Search|[Mm]odel|Net$|ipeline|Sequent")
 LOAD = {"read_csv", "read_json", "read_parquet", "load", "loads", "open"}
 PREDICT = {"predict", "predict_proba", "predict_log_proba", "decision_function"}
 LOSS = "loss|auc|acc|accuracy|score|error|rmse|mse|mae|logloss|kappa|f1"
@@ -286,8 +283,8 @@ STAGES, LOSSES = ([m for m in MARKERS if m.endswith(":") == loss] for loss in (F
 # A milestone's print. A loss is a bare name or subscript: printing it cannot change anything.
 MARKER_PRINT = re.compile(
     rf"""^([ \t]*)print\(["']((?:{'|'.join(STAGES)})(?=["']\))|(?:{'|'.join(LOSSES)})(?=["'],))"""
-    r"""["'](?:, *(\w+(?:\[["']?\w+["']?\])*))?\)[ \t]*$""", re.MULTILINE)
-HIDE = r"\1pass"  # the policy's own, from the frozen LM
+    r"""["'](?:, *(\w+(?:\[["']?\w+["']?\])*))?\)[ \t]*(?:#.*)?$""", re.MULTILINE)
+HIDE = r"\1pass"  # takes the place of the policy's own marker prints
 
 def calls(node):
     """Names of all that a statement calls, as in {"read_csv", "fit"}."""
@@ -311,8 +308,8 @@ def milestones(tree):
     loaded = reached(LOAD, model[0].lineno if model else end)
     for marker, nodes in zip(STAGES, (imports, loaded, model, trained, predicted)):
         yield from ((marker, n, None) for n in nodes)
-    who = "train|training", "test|testing|val|valid|validation|cv|oof|dev"
-    for marker, who in zip(LOSSES, who):
+    parts = "train|training", "test|testing|val|valid|validation|cv|oof|dev"
+    for marker, who in zip(LOSSES, parts):
         name = re.compile(rf"(({who})_({LOSS})|({LOSS})_({who}))s?", re.IGNORECASE)
         yield from ((marker, n, n.targets[0].id) for n in simple if isinstance(n, ast.Assign)
                     and isinstance(n.targets[0], ast.Name) and name.fullmatch(n.targets[0].id))
@@ -339,7 +336,8 @@ def instrument(code, secret, copied=""):
         for marker, node, loss in reversed(found):
             indent = lines[node.lineno - 1][:node.col_offset]
             if not indent.strip():  # else other statements stand on its line
-                n, _ = n + 1, lines.insert(node.end_lineno, ours(indent, marker, loss))
+                lines.insert(node.end_lineno, ours(indent, marker, loss))
+                n += 1
         if passes("\n".join(lines)) == passes(code) + n:
             return "\n".join(lines), "ast"
     return code, ""
@@ -347,7 +345,7 @@ def instrument(code, secret, copied=""):
 def lm_copies(attempts, sampler, lm):
     """Pairs (attempt, the frozen LM's copy of its program with the prints asked for) (App. C.3)."""
     asked, attempts = [], list(attempts)  # all of them together
-    for a in (a for a in attempts if a.code.strip()):
+    for a in (a for a in attempts if a.code.strip() and instrument(a.code, "")[1]):  # it parses
         chat = prompts.instrument(MARKER_PRINT.sub(HIDE, a.code))
         asked.append(Attempt("", "instrument", encode(sampler.tokenizer, chat), id=a.id))
     copies = {copy.id: copy.code for copy in sampler.sample(asked, lm, -1)}
@@ -362,7 +360,6 @@ def lm_copies(attempts, sampler, lm):
 #   namespaces  the worker is process 1 of its own process ids and network; all mounts are read-only
 #               but a box and a /dev/shm in memory, new for each program, which the kernel bounds
 #   Landlock    a list of folders that may be read or written; no TCP, signals or tracing outward
-# What they do not stop is listed in README.
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
          [])  # best first; the last only with --unsafe-exec
 LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds, files, bytes
@@ -480,7 +477,7 @@ def become_program(job, work, output):
 def kill_all(job, first):
     """Kill and reap all that a program left, at one stroke: a sweep would miss what forks."""
     if os.getpid() != 1 and "user id" in job.walls:
-        aside("kill -9 -1", user=job.uid)  # all of this user
+        kill_user(job.uid)
     else:
         with contextlib.suppress(ProcessLookupError):  # the namespace, else the program's group
             os.kill(-1 if os.getpid() == 1 else -first, signal.SIGKILL)
@@ -495,10 +492,10 @@ def too_much(job, slot):
     if alone and len(pids) > job.max_procs + 1:  # the rest is too slow for a flood
         return "crash"
     for pid in pids:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, TypeError):  # it ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended
             if pid != os.getpid() and (alone or os.stat(f"/proc/{pid}").st_uid == job.uid):
-                text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-                memory += int(re.search(r"Pss: +(\d+)", text)[1])  # KiB; shared pages are divided
+                text = pathlib.Path(f"/proc/{pid}/status").read_text()  # KiB; all may read it
+                memory += sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text)))
     if not alone:
         du = subprocess.run(["du", "-sk", slot], cwd="/", capture_output=True)
         if int(du.stdout.split()[0]) > job.disk_mb << 10:
@@ -598,12 +595,17 @@ def clean(job, slot):
         aside(REMOVE, slot / "work")
         aside(f"find /dev/shm -mindepth 1 -user {job.uid} -delete" if job.walls else "")
 
-REMOVE = 'chmod -R u+rwX "$0"; rm -rf "$0"'  # also what a program closed, or nested deeply
+REMOVE = 'rm -rf "$0" || { sleep 1; chmod -R u+rwX "$0"; rm -rf "$0"; }'  # also closed folders
 
-def aside(command, folder="/", user=None):
-    """Run a shell command, in which $0 is the folder, away from our pipes and from programs."""
-    subprocess.run(["sh", "-c", command, folder], cwd="/", user=user, stdin=subprocess.DEVNULL,
+def aside(command, path="/"):
+    """Run a shell command, in which $0 is the path, away from our pipes and from programs."""
+    subprocess.run(["sh", "-c", command, path], cwd="/", stdin=subprocess.DEVNULL,
                    capture_output=True)
+
+def kill_user(uid):
+    """Kill all processes of a user at one stroke, with ids that they cannot signal."""
+    code = f"import os; os.setresuid({uid // 2}, {uid}, {uid // 2}); os.kill(-1, 9)"
+    aside(f'"$0" -ISc "{code}"', sys.executable)
 
 def worker():
     """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
@@ -661,8 +663,8 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         self.env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         self.stage, self.closing = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-")), False
         self.janitor = subprocess.Popen(  # clears up when we end, however we end
-            ["sh", "-c", f"cat; for k in 1 2 3 4; do {REMOVE} && exit; sleep 1; done", self.stage],
-            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+            ["sh", "-c", f"cat; {REMOVE}", self.stage], stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, start_new_session=True)
         uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
         self.slots = [types.SimpleNamespace(folder=self.stage / f"slot{k}", uid=uid + k,
                                             process=None, began=None) for k in range(count)]
@@ -746,15 +748,15 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
 
     def hang_up(self, slot):
         """A slot's worker kills its program and ends."""
-        if slot.process:
+        process, slot.process = slot.process, None
+        if process:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                if not os.getuid():  # without namespaces, the program of a dead worker lives on
-                    aside("kill -9 -1", user=slot.uid)
-                slot.process.stdin.close()
-                slot.process.wait(1)
-            slot.process.kill()
-            slot.process.wait()
-            slot.process = None
+                process.stdin.close()
+                process.wait(1)
+            process.kill()
+            process.wait()
+            if not os.getuid():  # without namespaces, the program of a dead worker lives on
+                kill_user(slot.uid)
 
     def cancel(self):
         """Kill what runs; returns the seconds that each program had run."""
@@ -779,14 +781,14 @@ FAIL, MARK = -10.0, 0.1  # a total failure; each milestone it reached neverthele
 def reward(task, a, cfg):
     """R(s, env-inst(a)) of an executed attempt.
     paper: -10 + 0.1 a milestone, or the score, negated where lower is better (Sec. 3.2).
-    bounded (CHOICE): (-1 + 0.1 a milestone) / 4, or for the signed score s of a valid program
+    bounded (CHOICE): (-1 + 0.1 a milestone) / 10, or for the signed score s of a valid program
     (1 + tanh(2 (s - bronze) / |bronze - sample|)) / 2: it beats any failure, steepest at a bronze
     medal, so that scores are not drowned. Unknown thresholds are the median's, or 0."""
     marks = sum(any(re.search(p, m) for m in a.marks) for _, p in prompts.MILESTONES)
     if cfg.reward == "paper":
         return task["sign"] * a.score if a.valid else FAIL + MARK * marks
     if not a.valid:
-        return (-1.0 + MARK * marks) / 4
+        return (-1.0 + MARK * marks) / 10
     sample, bronze = (next(v for v in (task[name], task["median"], 0.0) if v is not None)
                       for name in ("sample_score", "bronze"))
     far = abs(bronze - sample) or 1.0
@@ -1214,9 +1216,9 @@ class Run:
                 if a.valid and a.score != old and grade.best(task, [a.score, old]) == a.score:
                     self.best[a.task] = a.score
                     path.parent.mkdir(exist_ok=True)
-                    write(path.with_suffix(".py"), a.code)
-                    write(path.with_suffix(".csv"), a.submission)
-                    write(path.with_suffix(".json"), json.dumps(row))
+                    write(path.with_name(a.task + ".py"), a.code)
+                    write(path.with_name(a.task + ".csv"), a.submission)
+                    write(path.with_name(a.task + ".json"), json.dumps(row))
                 a.submission = b""  # no longer needed
 
     def log(self, batch, row):
@@ -1418,7 +1420,7 @@ def parse(argv):
     except pydantic.ValidationError as problem:
         first = problem.errors()[0]
         raise UserError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}")
-    if (cfg.mode == "run" and cfg.task != "all" and "," not in cfg.task) != bool(cfg.program):
+    if (cfg.mode == "run") != bool(cfg.program) or cfg.program and re.search("^all$|,", cfg.task):
         raise UserError("--mode run and --program FILE go together, with one --task: see --help")
     if cfg.mode in ("plot", "evaluate") and not os.path.exists(f"{cfg.run}/metrics.jsonl"):
         raise UserError(f"--mode {cfg.mode} needs --run with a run's folder, not {cfg.run!r}")
