@@ -101,7 +101,7 @@ class Config:
     gamma: Share = 1.0  # discount (Table 3)
     lam: Share = 1.0  # GAE's lambda (Table 3)
     loss_agg: Literal["seq", "token"] = "seq"  # mean over sequences of token means, or over tokens
-    target_kl: Size = 0.0  # stop an update's epochs past this KL from its start; 0: never
+    target_kl: Size = 0.0  # stop an update's epochs once its mean KL passes this; 0: never
     workers: Index = 0  # programs at once; 0: one a core
     timeout: Positive = 600.0  # wall seconds a program (CHOICE)
     cpu_limit: Positive = 1200.0  # CPU seconds a program (CHOICE)
@@ -110,7 +110,7 @@ class Config:
     output_kb: Count = 64  # KiB of terminal output kept, head and tail (CHOICE)
     max_procs: Count = 256  # processes and threads of a program (CHOICE)
     threads: Index = 0  # BLAS threads a program; 0: cores / workers
-    fresh_interpreters: bool = False  # a new interpreter a program instead of a fork server
+    fresh_interpreters: bool = False  # a new interpreter a program, not a fork
     unsafe_exec: bool = False  # run although answers or trainer cannot be protected here
     program_gpu: bool = False  # let programs see the GPU
     eval_samples: Count = 128  # samples of an evaluation (Sec. 4.1)
@@ -118,10 +118,10 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            sft_steps=400, sft_lr=2e-3, iterations=48, batch_size=64, mini_batch=32,
+            sft_steps=400, sft_lr=2e-3, iterations=64, batch_size=64, mini_batch=32,
             max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
             anneal_to=0.1, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-            entropy_coef=0.04, kl_coef=0.005, reward="bounded", duration="none", timeout=20.0,
+            entropy_coef=0.03, kl_coef=0.005, reward="bounded", duration="none", timeout=20.0,
             cpu_limit=15.0, memory_gb=2.0, disk_mb=64)
 
 @dataclasses.dataclass
@@ -177,7 +177,6 @@ def train(cfg, D, learner, sampler, env, maker, run):
         w = duration_weights([a.dt for a in batch], cfg)                      # l. 6: Eq. 3
         stats = update(learner, x, A, w, returns, cfg, i)                     # l. 7
         D_prev = [a for a in batch if a.valid]                                # l. 8: a new buffer
-
         run.iteration, run.D_prev, run.in_flight = i + 1, D_prev, list(env.running.values())
         stats |= dict(sample_s=sampled - began, execute_s=executed - sampled,
                       update_s=time.monotonic() - executed)
@@ -521,7 +520,7 @@ def watch(job, pid, slot):
     return None, "timeout"
 
 def execute(job, slot):
-    """Run one program in a new work folder; returns the fields of Attempt's group "Execution".
+    """Run one program in a new work folder; returns what the Attempt is to hold of it.
     "ok": ended without error and left a submission, which is in base64. No word of the output is
     believed: forging one may change the name of a program's failure, never make it a success."""
     for where in (slot, "/dev/shm") if "namespaces" in job.walls else ():
@@ -1154,8 +1153,7 @@ LOGS, MODELS = ("metrics.jsonl", "attempts.jsonl"), ("actor", "critic", "actor_o
 FREE = ("run", "mode", "program", "iterations", "workers", "eval_samples", "save_every", "raw",
         "data_dir", "unsafe_exec")  # flags that may differ when a run resumes
 STATE = "rng iteration D_prev in_flight drawn skipped executions wall_s best evaluation".split()
-progress = functools.partial(tqdm.tqdm, unit=" programs", leave=False, dynamic_ncols=True,
-                             disable=None)
+progress = functools.partial(tqdm.tqdm, unit=" programs", leave=False, disable=None)
 
 class Run:
     """A run's folder and state. The two logs only grow and are cut back to the last checkpoint on

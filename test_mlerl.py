@@ -1307,6 +1307,23 @@ def test_a_copy_that_changes_anything_but_milestone_prints_is_rejected(change):
     assert program == mlerl.instrument(SHOWN, SECRET)[0]
 
 
+def test_a_comment_behind_a_print_of_the_copy_is_no_change(tmp_path):
+    copied = COPY.replace('loss["train"])', 'loss["train"])  # only if the program computes this loss')
+    assert mlerl.instrument(SHOWN, SECRET, copied) == mlerl.instrument(SHOWN, SECRET, COPY)
+
+
+def test_prints_within_a_text_are_never_replaced(tmp_path):
+    text = 'x = """\nprint("loaded data")\n"""\nprint(x)\n'
+    for copied in ("", text, text + 'print("trained model")\n'):
+        program, placed = mlerl.instrument(text, SECRET, copied)
+        assert placed == "ast" and program == text
+
+
+def test_a_network_is_a_model(tmp_path):
+    program, _ = mlerl.instrument("net = nn.Sequential(nn.Linear(2, 1))\n", SECRET)
+    assert f"{SECRET} defined model" in program
+
+
 def test_the_policys_own_marker_prints_are_hidden_from_the_lm_and_earn_nothing(tmp_path):
     own = SHOWN + "print('predicted test labels')\n"
     asked = []
@@ -1320,8 +1337,9 @@ def test_the_policys_own_marker_prints_are_hidden_from_the_lm_and_earn_nothing(t
                 a.code = COPY + "pass\n"  # what stands where the print stood
                 yield a
 
-    (a, copied), (b, nothing) = mlerl.lm_copies([attempt(own, id=7), attempt("", id=8)], Sampler(), None)
-    assert (a.id, b.id, nothing, len(asked)) == (7, 8, "", 1)
+    attempts = [attempt(own, id=7), attempt("", id=8), attempt("this does not parse", id=9)]
+    (a, copied), (b, nothing), (c, none) = mlerl.lm_copies(attempts, Sampler(), None)
+    assert (a.id, b.id, c.id, nothing, none, len(asked)) == (7, 8, 9, "", "", 1)
     assert "print('predicted test labels')" not in asked[0] and "floor" in asked[0]
     program, placed = mlerl.instrument(own, SECRET, copied)
     assert placed == "lm"
@@ -2056,7 +2074,7 @@ WRONG_NUMBERS = [
     dict(max_prompt_tokens=0), dict(max_response_tokens=0), dict(max_staleness=-1),
     dict(sft_steps=0), dict(sft_batch=0)]
 WRONG_COMBINATIONS = [
-    (dict(mode="run"), "program"), (dict(program="p.py"), "program"),
+    (dict(mode="run"), "program"), (dict(program="p.py"), "program"), (dict(mode="run", task="all"), "program"),
     (dict(mode="run", program="p.py", task=f"{TASK},{TASK}"), "one"),
     (dict(mode="evaluate", run="nowhere"), "run"), (dict(mode="plot", run="nowhere"), "run")]
 
