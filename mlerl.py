@@ -486,6 +486,9 @@ def kill_all(job, first):
 
 def too_much(job, slot):
     """"memory" or "crash" where all processes of a program together pass its limits, else ""."""
+    def kib(pid):  # the file that all may read
+        text = pathlib.Path(f"/proc/{pid}/status").read_text()
+        return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text)))
     alone, memory = os.getpid() == 1, 0  # alone: in a namespace, where the kernel bounds the folder
     pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()] if job.walls else []
     if alone and len(pids) > job.max_procs + 1:  # the rest is too slow for a flood
@@ -493,8 +496,7 @@ def too_much(job, slot):
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended
             if pid != os.getpid() and (alone or os.stat(f"/proc/{pid}").st_uid == job.uid):
-                text = pathlib.Path(f"/proc/{pid}/status").read_text()  # KiB; all may read it
-                memory += sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text)))
+                memory += max(0, kib(pid) - kib("self"))  # what forks share is ours
     if not alone:
         du = subprocess.run(["du", "-sk", slot], cwd="/", capture_output=True)
         if int(du.stdout.split()[0]) > job.disk_mb << 10:
@@ -1124,8 +1126,7 @@ def summarize(task, attempts):
 
 def mean(values):
     """Mean of an iterable of numbers, None if it is empty."""
-    values = list(values)
-    return float(sum(values) / len(values)) if values else None
+    return float(sum(values) / len(values)) if (values := list(values)) else None
 
 def write_evaluation(D, run):
     """evaluation.json (one task: its record alone), and a table beside the paper's numbers and
@@ -1400,8 +1401,7 @@ def initial_policy(cfg, D):
 # §15 Command line ---------------------------------------------------------------------------------
 def parse(argv):
     """Command line -> Config. UserError where a flag is unknown, malformed or impossible."""
-    import pydantic
-    import tyro
+    import pydantic, tyro
     preset = (re.findall(r"--preset[= ](\w+)", " ".join(argv)) or ["auto"])[-1]
     if preset == "auto":  # not torch.cuda: importing torch takes seconds
         preset = "paper" if os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") else "tiny"

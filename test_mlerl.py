@@ -2760,7 +2760,7 @@ def test_cancelled_programs_end_and_never_hit_the_next(world):
 
 def busy(pool):
     """A worker that runs a program."""
-    while not (running := [slot for slot in pool.slots if slot.began]):
+    while not (running := [slot for slot in pool.slots if slot.began and slot.process]):
         time.sleep(0.05)
     time.sleep(0.7)
     return running[0].process
