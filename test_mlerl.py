@@ -3463,7 +3463,7 @@ def bench(seconds):
             for forked in (False, True):
                 pool.job = usual | dict(forked=forked)
                 for slot in pool.slots:  # a worker is either kind for good
-                    slot.close()
+                    pool.hang_up(slot)
                 world.runs(["pass"] * 4)
                 rates.append(rate(lambda: waiting.append(pool.submit(pool.run, "pizza", code)),
                                   lambda: waiting.pop(0).result()["output"], seconds))
@@ -3476,7 +3476,7 @@ def bench(seconds):
     for _ in range(8):
         for walls in ([], usual["walls"]):
             for slot in pool.slots:
-                slot.close() if spent.get("last") != walls else None
+                pool.hang_up(slot) if spent.get("last") != walls else None
             spent["last"], pool.job = walls, usual | dict(walls=walls)
             world.runs(["pass"] * 4)
             begun = time.monotonic()
@@ -3487,7 +3487,7 @@ def bench(seconds):
     for walls, times in spent.items():
         print(f"{walls:50}{sorted(times)[len(times) // 2]:8.1f}")
     for slot in pool.slots:
-        slot.close()
+        pool.hang_up(slot)
     pool.job = usual
 
     rng, B, m, busy = random.Random(0), 16, 2, 0.0
