@@ -1196,9 +1196,9 @@ class Run:
         saved |= dict(state={name: getattr(self, name) for name in STATE},
                       torch_rng=torch.get_rng_state(),
                       log_sizes={log: (self.folder / log).stat().st_size for log in LOGS})
-        with open(self.folder / "checkpoint.new", "wb") as file:  # a full disk is an OSError
-            torch.save(saved, file)
-        os.replace(file.name, self.folder / "checkpoint.pt")
+        with grade.blame(OSError, "no checkpoint written"):  # torch raises RuntimeError, too
+            torch.save(saved, self.folder / "checkpoint.new")
+        os.replace(self.folder / "checkpoint.new", self.folder / "checkpoint.pt")
         save_policy(self.folder / "policy", learner.actor, learner.tokenizer)
 
     def log_attempts(self, attempts, phase):
