@@ -326,8 +326,8 @@ def instrument(code, secret, copied=""):
     with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         plain, m = MARKER_PRINT.subn(HIDE, code)
         program, n = MARKER_PRINT.subn(lambda found: ours(*found.groups()), copied)
-        same = ast.dump(ast.parse(MARKER_PRINT.sub("", copied))) == ast.dump(ast.parse(plain))
-        if copied and same and passes(program) == passes(code) + m + n:
+        if copied and passes(program) == passes(code) + m + n and ast.dump(ast.parse(plain)) == (
+                ast.dump(ast.parse(MARKER_PRINT.sub("", copied)))):
             return program, "lm"
     with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         n, lines = 0, re.sub("\r\n?", "\n", code).split("\n")
@@ -489,14 +489,14 @@ def too_much(job, slot):
     def kib(pid):  # the file that all may read
         text = pathlib.Path(f"/proc/{pid}/status").read_text()
         return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text)))
-    alone, memory = os.getpid() == 1, 0  # alone: in a namespace, where the kernel bounds the folder
+    alone, memory, ours = os.getpid() == 1, 0, kib("self") if job.walls else 0  # in namespaces; shared
     pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()] if job.walls else []
     if alone and len(pids) > job.max_procs + 1:  # the rest is too slow for a flood
         return "crash"
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended
             if pid != os.getpid() and (alone or os.stat(f"/proc/{pid}").st_uid == job.uid):
-                memory += max(0, kib(pid) - kib("self"))  # what forks share is ours
+                memory += max(0, kib(pid) - ours)
     if not alone:
         du = subprocess.run(["du", "-sk", slot], cwd="/", capture_output=True)
         if int(du.stdout.split()[0]) > job.disk_mb << 10:

@@ -195,7 +195,7 @@ def D(tmp_path):
     truth = answers()
     everything = np.ones(len(truth), bool)
     return {TASK: dict(grade.load_task(TASK), public=tmp_path, private=tmp_path, truth=truth,
-                       sign=1, standin=True, rows=everything, report_rows=everything)}
+                       standin=True, rows=everything, report_rows=everything)}
 
 
 def environment(D, **changes):
