@@ -489,7 +489,7 @@ def too_much(job, slot):
     def kib(pid):  # the file that all may read
         text = pathlib.Path(f"/proc/{pid}/status").read_text()
         return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text)))
-    alone, memory, ours = os.getpid() == 1, 0, kib("self") if job.walls else 0  # in namespaces; shared
+    alone, memory, ours = os.getpid() == 1, 0, kib("self") if job.walls else 0  # ours: shared
     pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()] if job.walls else []
     if alone and len(pids) > job.max_procs + 1:  # the rest is too slow for a flood
         return "crash"
