@@ -195,7 +195,7 @@ class PromptMaker:
     """Turns tasks and earlier attempts into token ids that fit `max_prompt_tokens`."""
     def __init__(self, cfg, D, tokenizer):
         self.cfg, self.tokenizer = cfg, tokenizer
-        self.packages = prompts.importable(sys.executable)
+        self.packages = prompts.importable()
         widths = (200, 80, 30, 0)  # characters of a value in the snippet of the data
         self.snippets = {(name, width): prompts.snippet(task, width) if width else ""
                          for name, task in D.items() for width in widths}

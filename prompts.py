@@ -1,11 +1,8 @@
-"""All text that a model sees: prompts, milestones, and the tiny policy's supervised corpus.
+"""All text that a model sees: prompts and milestones (Sec. 3.2, 3.3, App. C), and the corpus of
+programs from which the embedded tiny policy learns to write at all; it looks at no data."""
+import csv, importlib.util, itertools, json, random, re
 
-`solve`, `improve` and `instrument` return chat messages (Sec. 3.2, 3.3, App. C). `corpus` composes
-the programs from which the embedded tiny policy learns to write at all; it looks at no data.
-"""
-from __future__ import annotations
-
-import csv, json, random, re, subprocess
+from grade import DataError
 
 # The packages that a program may use (App. C): name in the prompt -> module, if it is another.
 PACKAGES = {"statsmodels": "", "pandas": "", "timm": "", "bayesian-optimization": "bayes_opt",
@@ -37,21 +34,18 @@ def chat(system, user):
 
 def describe(task, snippet, packages):
     """The notes on a task that solve and improve share. Empty parts are left out."""
-    folder = f"./{task['name']}/prepared/public/"
-    header = ",".join([task["id"], *task["targets"]])
-    rows = "\n".join([header, *task.get("sample_rows", [])])
+    with open(task["public"] / task["sample"], encoding="utf-8") as file:
+        rows = "".join(f"{line.rstrip()[:150]}\n" for line in itertools.islice(file, 3)).rstrip()
     notes = [
         f"Task: {task['goal']}" if task["goal"] else "",
         f"The score is {task['metric_text']} on the test set; "
         f"{'higher' if task['higher_is_better'] else 'lower'} is better.",
-        f"The data is in {folder}: {task['train']} for training, {task['test']} to predict, "
-        f"{task['sample']} as an example of a submission.",
+        f"The data is in ./{task['name']}/prepared/public/: {task['train']} for training, "
+        f"{task['test']} to predict, {task['sample']} as an example of a submission.",
         "Run the trained model on the test set and save its predictions as ./submission.csv. The "
         f"file has one line per test record and looks like this:\n{rows}",
         f"Installed packages: {', '.join(packages)}." if packages else "",
-        "There is no internet access: nothing can be installed, and no pre-trained model can be "
-        "downloaded.",
-    ]
+        "There is no internet access: nothing can be installed or downloaded, no models either."]
     text = "Notes:\n" + "\n".join(f"- {note}" for note in notes if note)
     return text + (f"\n\nWhat the data looks like:\n{snippet}" if snippet else "")
 
@@ -64,18 +58,14 @@ def solve(task, snippet, packages, short=False):
 
 def improve(task, snippet, packages, plan, code, output, short=False):
     """Messages that ask for a better version of a previous solution (Sec. 3.3, App. C.2).
-
-    output: what the previous program printed, with the secret of instrumentation stripped.
-    """
+    output: what it printed, with the secret of instrumentation stripped."""
     if short:  # the last lines hold the losses, here cut to three digits
         tail = "".join(re.sub(r"(\.\d{3})\d+", r"\1", line) + "\n"
                        for line in output.splitlines()[-4:] if len(line) < 40)
-        messages = solve(task, snippet, packages, short=True)
-        messages[-1]["content"] += f"Improve:\n{plan}\n{code}Output:\n{tail}"
-        return messages
-    asked = ("You have already implemented a solution to the task below. Revise it so that it does "
-             "better on the test set. Parts that you keep must be repeated in full, because only "
-             "the new program is run.")
+        return chat(SHORT_SYSTEM, solve(task, snippet, packages, short=True)[-1]["content"]
+                    + f"Improve:\n{plan}\n{code}Output:\n{tail}")
+    asked = ("You have already implemented a solution to the task below. Revise it to do better on "
+             "the test set. Repeat in full what you keep: only the new program is run.")
     printed = f"\n\nIt printed:\n{output}" if output else ""
     return chat(SYSTEM, f"{asked} {ANSWER}\n\n{describe(task, snippet, packages)}\n\n"
                         f"Your previous solution:\n{plan}\n```python\n{code}```{printed}")
@@ -95,22 +85,16 @@ def instrument(code):
         "4. Leave every other line exactly as it is: fix nothing, reformat nothing.\n\n"
         f"```python\n{code}```"))
 
-def importable(python):
-    """Those of PACKAGES that the executing interpreter can import, by their names in the prompt."""
-    code = ("import importlib.util as u; "
-            f"print(*(n for n, m in {PACKAGES}.items() if u.find_spec(m or n)))")
-    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.split()
+def importable():
+    """Those of PACKAGES that programs can import here, by their names in the prompt."""
+    return [name for name, module in PACKAGES.items() if importlib.util.find_spec(module or name)]
 
 def snippet(task, width):
     """The first record of the train and test tables, values cut to `width` characters (App. C)."""
     shown = []
     for name in (task["train"], task["test"]):
-        path = task["public"] / name
-        if path.suffix == ".json":
-            record = json.loads(path.read_text())[0]
-        else:
-            with open(path, newline="", encoding="utf-8") as file:
-                record = next(csv.DictReader(file))
+        with open(path := task["public"] / name, newline="", encoding="utf-8") as file:
+            record = json.load(file)[0] if path.suffix == ".json" else next(csv.DictReader(file))
         cells = [f"{key}: {str(value)[:width]}" for key, value in record.items()]
         if len(cells) > 40:
             cells = [*cells[:6], f"... {len(cells) - 8} more columns ...", *cells[-2:]]
@@ -118,55 +102,40 @@ def snippet(task, width):
     return "\n\n".join(shown)
 
 # Fragments of the tiny policy's corpus (CHOICE: the paper starts from an instruction-tuned model) -
-# {a | b} stands for one of its options, {T} for a text column; both are drawn when a program is
-# composed. What is drawn follows from LIMIT, not from how well anything scores: the most groups of
-# numeric columns that go with a model of each level. Simple learners may have many, strong ones
-# few: what combines both stands nowhere in the corpus, though each of its lines does.
-LIMIT, SIZE = (4, 1, 1, 1), 5  # SIZE: most features of any kind
-P_CONSTANT, P_HARD, P_CHECK, P_BUG = 0.04, 0.06, 0.25, 0.88
-N_BUGS = (1, 2, 2, 3)  # in a program that has any
-
-MODELS = (  # level, words of the plan, expression
-    # 0: simple learners on raw columns
+# {a | b} stands for one of its options, {T} for a text column. LIMIT is the most groups of numeric
+# columns that go with a model of each level, no matter what scores well: simple learners may have
+# many, strong ones few. What combines both is nowhere in the corpus, though each of its lines is.
+LIMIT, SIZE = (4, 1, 1, 1, 0), 5  # SIZE: most features of any kind
+P_CONSTANT, P_CHECK, P_BUG, N_BUGS = 0.04, 0.25, 0.88, (1, 2, 2, 3)  # bugs, if it has any
+SCALED = "make_pipeline({StandardScaler() | QuantileTransformer()}"
+MODELS = (  # level (raw or scaled columns, ensembles, slow ones), words of the plan, expression
     (0, "Gaussian naive Bayes", "GaussianNB(var_smoothing={1e-9 | 1e-6 | 1e-3})"),
     (0, "Bernoulli naive Bayes", "BernoulliNB(alpha={0.1 | 0.5 | 1.0 | 2.0})"),
     (0, "a small tree", "DecisionTreeClassifier(max_depth={1 | 2 | 3 | 4}, random_state=0)"),
     (0, "nearest neighbors", "KNeighborsClassifier(n_neighbors={5 | 11 | 25 | 51})"),
     (0, "SGD", 'SGDClassifier(loss="log_loss", alpha={0.0001 | 0.001 | 0.01}, random_state=0)'),
-    # 1: scaled columns
-    (1, "logistic regression", "make_pipeline({StandardScaler() | QuantileTransformer()}, "
-                               "LogisticRegression(C={0.01 | 0.1 | 1.0}))"),
-    (1, "ridge regression", "make_pipeline(StandardScaler(), Ridge(alpha={1.0 | 10.0 | 100.0}))"),
-    (1, "scaled neighbors", "make_pipeline(StandardScaler(), "
-                            "KNeighborsClassifier(n_neighbors={15 | 31 | 61 | 101}))"),
-    (1, "a neural network", "make_pipeline(StandardScaler(), "
-                            "MLPClassifier(max_iter={10 | 20 | 40}, random_state=0))"),
-    # 2: ensembles
-    (2, "a random forest", "RandomForestClassifier(n_estimators={30 | 60 | 100}, "
-                           "min_samples_leaf={1 | 3 | 5 | 10}, random_state=0)"),
-    (2, "extra trees", "ExtraTreesClassifier(n_estimators={30 | 60 | 100}, "
-                       "min_samples_leaf={1 | 3 | 5 | 10}, random_state=0)"),
+    (1, "logistic regression", f"{SCALED}, LogisticRegression(C={{0.01 | 0.1 | 1.0}}))"),
+    (1, "ridge regression", f"{SCALED}, Ridge(alpha={{1.0 | 10.0 | 100.0}}))"),
+    (1, "scaled neighbors", f"{SCALED}, KNeighborsClassifier(n_neighbors={{15 | 31 | 61 | 101}}))"),
+    (1, "a neural network", f"{SCALED}, MLPClassifier(max_iter={{10 | 20 | 40}}, random_state=0))"),
+    (2, "a forest", "{RandomForest | ExtraTrees}Classifier(n_estimators={30 | 60 | 100}, "
+                    "min_samples_leaf={1 | 3 | 5 | 10}, random_state=0)"),
     (2, "gradient boosting", "GradientBoostingClassifier(n_estimators={30 | 60 | 100}, "
                              "max_depth={2 | 3 | 4}, subsample=0.5, random_state=0)"),
     (2, "histogram boosting", "HistGradientBoostingClassifier(max_iter={30 | 60 | 100}, "
                               "learning_rate={0.03 | 0.05 | 0.1}, random_state=0)"),
-    # 3: searches and averages, slow
     (3, "a grid search", 'GridSearchCV(GradientBoostingClassifier(subsample=0.2, random_state=0), '
      '{"{max_depth": [2, 3] | n_estimators": [20, 40] | learning_rate": [0.03, 0.1]}}, '
      'scoring="roc_auc", cv=2)'),
     (3, "an average of models", 'make_pipeline(QuantileTransformer(), VotingClassifier([("a", '
      'GradientBoostingClassifier(subsample=0.5, random_state=0)), ("b", {LogisticRegression(C=0.1)'
      ' | RandomForestClassifier(min_samples_leaf=5, random_state=0)})], voting="soft"))'))
-MODULES = {
-    "decomposition": "TruncatedSVD",
-    "ensemble": "ExtraTreesClassifier GradientBoostingClassifier HistGradientBoostingClassifier "
-                "RandomForestClassifier VotingClassifier",
-    "feature_extraction.text": "CountVectorizer TfidfVectorizer",
-    "linear_model": "LogisticRegression Ridge SGDClassifier", "metrics": "roc_auc_score",
-    "model_selection": "GridSearchCV train_test_split", "naive_bayes": "BernoulliNB GaussianNB",
-    "neighbors": "KNeighborsClassifier", "neural_network": "MLPClassifier",
-    "pipeline": "make_pipeline", "preprocessing": "QuantileTransformer StandardScaler",
-    "tree": "DecisionTreeClassifier"}
+TERMS = ('{Count | Tfidf}Vectorizer({min_df=3 | ngram_range=(1, 2), min_df=2 | analyzer="char", '
+         'ngram_range=(2, 4), min_df=10})')
+SPARSE = tuple((4, f"{words} of terms", f"make_pipeline({TERMS}, {model})") for words, model in (
+    ("naive Bayes", "MultinomialNB(alpha={0.03 | 0.1 | 0.3 | 1.0})"),
+    ("logistic regression", "LogisticRegression(C={0.1 | 1.0 | 10.0})"),
+    ("ridge regression", 'Ridge(alpha={0.3 | 1.0 | 3.0}, solver="lsqr")')))
 TEXT = (  # features of a text column: words of the plan, expression, what must stand before it
     ("lengths", "df[{T}].str.len()", ""),
     ("word counts", "df[{T}].str.split().str.len()", ""),
@@ -183,19 +152,23 @@ OWN = {"random-acts-of-pizza": (  # further features of single tasks
                  'student|college | thank|please | friend|party | http|imgur}", case=False)', ""),
     ("time", f"{CLOCK}.{{hour | month | dayofweek | year}}", ""),
     ("subreddits", 'df["requester_subreddits_at_request"].str.len()', ""))}
-COLUMNS = {"random-acts-of-pizza": {  # numeric columns that go together
-    "forum activity": "requester_number_of_comments_in_raop_at_request "
-                      "requester_number_of_posts_on_raop_at_request "
-                      "requester_days_since_first_post_on_raop_at_request",
-    "account": "requester_account_age_in_days_at_request requester_number_of_comments_at_request "
-               "requester_number_of_posts_at_request requester_number_of_subreddits_at_request",
-    "votes": "requester_upvotes_minus_downvotes_at_request "
-             "requester_upvotes_plus_downvotes_at_request",
-    "date": "unix_timestamp_of_request"}}
 CONSTANTS = (  # plan, prediction
     ("Predict the mean of the training labels.", "np.full(len(test), y.mean())"),
     ("Predict the same value for all.", "np.full(len(test), {0.1 | 0.25 | 0.5})"),
     ("Predict random numbers.", "np.random.default_rng({0 | 1 | 2}).random(len(test))"))
+SHARES = (("Predict how frequent the classes are.",
+           "np.tile(pd.Series(y).value_counts(normalize=True).sort_index(), (len(test), 1))"),)
+CHECK = "score = model.score({X}, {y})"
+LABELS = ("model.predict({}).round().clip(y.min(), y.max())", CHECK,
+          (("Predict the most common label.", "np.full(len(test), y.mode()[0])"),), "none")
+VALUES = ("model.predict({}).clip(0)", CHECK, (
+    ("Predict random numbers.", "np.random.rand(*test.shape[:1], *y.shape[1:])"),), "NB|Logi|SGD")
+METRICS = {  # what is predicted from X, how it is checked, constants, models that cannot predict it
+    "roc_auc": ("model.predict_proba({})[:, 1]", "auc = roc_auc_score({y}, {p})", CONSTANTS, "none"),
+    "log_loss": ("model.predict_proba({})", CHECK, SHARES, "Ridge"),
+    "accuracy": LABELS, "quadratic_kappa": LABELS, "pearson": VALUES, "rmsle": VALUES}
+MODULES = """decomposition ensemble feature_extraction.text linear_model metrics model_selection
+    multioutput naive_bayes neighbors neural_network pipeline preprocessing tree""".split()
 PLANS = ("Train {M} on {F}.", "Use {F} for {M}.")
 
 # Bugs: stage, pattern, replacement. How many a program has is drawn once, not for each stage: long
@@ -203,24 +176,20 @@ PLANS = ("Train {M} on {F}.", "Use {F} for {M}.")
 BUGS = (
     ("import", r"(?m)^(?!import pandas).+\n", ""),
     ("import", r"from sklearn\.\w+ import", "from sklearn import"),
-    ("import", r"import pandas as pd\n", "import pandas\n"),
     ("load", r"train\.(json|csv)", r"training.\1"),
     ("load", r"\)\n", "\n"),
     ("load", r'y = train\["\w+"\]', 'y = train["target"]'),
     ("features", r"features\(test\)", "features(train)"),
     ("features", r'(df\["\w+"\])\.(?!dt)\w.*,\n', r"\1,\n"),
     ("features", r"_at_request\"", '_at_retrieval"'),
-    ("features", r"\.fit\(.*\n", "\n"),
     ("model", r"\((\w+)=", r"(\1s="),
     ("model", r"\)\n", "\n"),
     ("fit", r"(?m)^model\.fit.*\n", ""),
     ("fit", r"fit\((\w+), \w+\)", r"fit(\1)"),
     ("predict", r"X_test", "X"),
     ("predict", r"len\(test\)", "len(train)"),
-    ("predict", r"\[:, 1\]", ""),
     ("write", r', "\w+": p', ', "prediction": p'),
-    ("write", r'"submission\.csv"', '"predictions.csv"'),
-    ("write", r": p\}", ": pd.Series(p, index=test.iloc[:, 0])}"))
+    ("write", r'"submission\.csv"', '"predictions.csv"'))
 
 # Composition of the corpus ------------------------------------------------------------------------
 def pick(rng, text, task):
@@ -228,6 +197,19 @@ def pick(rng, text, task):
     if "{T}" in text:
         text = text.replace("{T}", f'"{rng.choice(task["text"])}"')
     return re.sub(r"\{([^{}]* \| [^{}]*)\}", lambda m: rng.choice(m[1].split(" | ")), text)
+
+def suited(task):
+    """(its METRICS, models for it): more than two targets are probabilities of classes; SPARSE is
+    for tasks with nothing but text."""
+    metric, out = task["metric"] if len(task["targets"]) < 3 else "log_loss", []
+    for level, words, code in MODELS + SPARSE * (not task["numeric"]):
+        if re.search(METRICS[metric][3], code):
+            continue
+        code = code if metric == "roc_auc" else code.replace('scoring="roc_auc", ', "")
+        if metric in ("pearson", "rmsle"):
+            code = code.replace("Classifier", "Regressor")
+        out.append((level, words, f"MultiOutputRegressor({code})" if metric == "rmsle" else code))
+    return METRICS[metric], out
 
 def draw_feature(rng, task):
     """(words of the plan, expression in `df`, line before it, groups of numeric columns)."""
@@ -237,29 +219,36 @@ def draw_feature(rng, task):
         words, *code = rng.choice(kind)
         code = pick(rng, "\0".join(code), task).split("\0")
         return words, *code, 0
-    named = COLUMNS.get(task["name"], {})
+    named = task.get("groups", {})
     words = rng.choice(("all numeric columns", *named))
-    columns = named[words].split() if words in named else task["numeric"]
-    if words in named and rng.random() < 0.35:
-        some = rng.sample(columns, rng.randint(1, len(columns)))
-        columns = [c for c in columns if c in some]  # in the order of the table
-    return words, f"df[{columns}]".replace("'", '"'), "", 1 if words in named else LIMIT[0]
+    columns = named.get(words, task["numeric"])
+    if words in named and isinstance(columns, list) and rng.random() < 0.35:
+        columns = sorted(rng.sample(columns, rng.randint(1, len(columns))), key=columns.index)
+    code = (f'df.filter(like="{columns}")' if isinstance(columns, str) else
+            f"df[{json.dumps(columns)}]" if len(columns) < 20 else
+            'df[test.columns[1:]].select_dtypes("number")')
+    return words, code, "", 1 if words in named else LIMIT[0]
 
 def fits(spec):
     """Whether a program keeps the corpus's rule: features that fit the level of its model."""
-    words = [w for w, *_ in spec["features"]]
-    setups = [setup for _, _, setup, _ in spec["features"] if setup]
-    return (len(words) == len(set(words)) <= SIZE and len(setups) < 2
-            and sum(n for *_, n in spec["features"]) <= LIMIT[spec["model"][0]])
+    features, words = spec["features"], [words for words, *_ in spec["features"]]
+    return (len(words) == len(set(words)) <= SIZE and sum(s > "" for _, _, s, _ in features) < 2
+            and ("the text" in words) == (spec["model"][0] == 4)
+            and sum(n for *_, n in features) <= LIMIT[spec["model"][0]])
 
 def draw(rng, task):
     """A correct program as a dict of choices: independent but for the rule in `fits`."""
+    (_, _, constants, _), models = suited(task)
     if rng.random() < P_CONSTANT:
-        plan, prediction = rng.choice(CONSTANTS)
+        plan, prediction = rng.choice(constants)
         return dict(model=None, plan=plan, constant=pick(rng, prediction, task))
-    model = rng.choices(MODELS, [3 if level == 0 else 2 for level, *_ in MODELS])[0]
+    model = rng.choices(models, [3 if level == 0 else 2 for level, *_ in models])[0]
     spec = dict(model=(*model[:2], pick(rng, model[2], task)), features=[], plan=rng.choice(PLANS),
-                check=rng.random() < P_CHECK, hard=rng.random() < P_HARD)
+                check=rng.random() < P_CHECK)
+    if model[0] == 4:
+        columns = rng.choice([task["text"], *([c] for c in task["text"])])
+        text = ' + " " + '.join(f'df["{c}"]' for c in columns)
+        return {**spec, "features": [("the text", text, "", 0)]}
     size = rng.randint(1, SIZE)
     while len(spec["features"]) < size:
         longer = {**spec, "features": spec["features"] + [draw_feature(rng, task)]}
@@ -280,39 +269,49 @@ def revise(rng, task, old):
 
 def render(task, spec):
     """(plan, {stage: code}) of a program, stages in the order in which they stand."""
-    target, out, plan = task["targets"][0], {"import": "", "load": ""}, spec["plan"]
-    for part in ("train", "test"):
-        out["load"] += (f'{part} = pd.read_{task[part].split(".")[-1]}('
-                        f'"{task["name"]}/prepared/public/{task[part]}")\n')
-    out["load"] += f'y = train["{target}"].astype(int)\n'
+    targets, public, plan = task["targets"], f"{task['name']}/prepared/public", spec["plan"]
+    (predicted, check, *_), _ = suited(task)
+    label = json.dumps(task["prepare"].get("one_hot") or (targets if targets[1:] else targets[0]))
+    integers = (".astype(int)" if "[:, 1]" in predicted else
+                ".values.argmax(1)" if len(targets) > 2 and "[" in label else "")
+    out = {"import": "", "load": "".join(
+        f'{part} = pd.read_{task[part].split(".")[-1]}("{public}/{task[part]}")\n'
+        for part in ("train", "test")) + f"y = train[{label}]{integers}\n"}
     if spec["model"] is None:
         out["predict"] = f"p = {spec['constant']}\n"
     else:
-        _, name, model = spec["model"]
-        words = [w for w, *_ in spec["features"]]
-        words = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-        plan = plan.replace("{M}", name).replace("{F}", words)
-        out["features"] = "".join(setup for _, _, setup, _ in spec["features"])
-        out["features"] += ("def features(df):\n    return np.column_stack([\n" + "".join(
-            f"        {expression},\n" for _, expression, *_ in spec["features"])
-            + "    ])\nX, X_test = features(train), features(test)\n")
+        level, name, model = spec["model"]
+        words, codes, setups, _ = zip(*spec["features"])
+        plan = plan.replace("{M}", name).replace("{F}", " and ".join(
+            filter(None, (", ".join(words[:-1]), words[-1]))))
+        columns = "".join(f"        {code},\n" for code in codes)
+        X = f"np.column_stack([\n{columns}    ])" if level < 4 else codes[0]
+        out["features"] = (f"{''.join(setups)}def features(df):\n    return {X}\n"
+                           "X, X_test = features(train), features(test)\n")
         out["model"] = f"model = {model}\n"
-        # A ridge regression has no probabilities, and may leave [0, 1].
-        proba = ("model.predict({}).clip(0, 1)" if "Ridge(" in model
-                 else "model.predict_proba({})[:, 1]")
+        if "[:, 1]" in predicted and "Ridge(" in model:  # no probabilities, and may leave [0, 1]
+            predicted = "model.predict({}).clip(0, 1)"
         out["fit"] = "model.fit(X, y)\n" if not spec["check"] else (
             "X_fit, X_valid, y_fit, y_valid = train_test_split(X, y, random_state=0)\n"
-            "model.fit(X_fit, y_fit)\n"
-            f"train_auc = roc_auc_score(y_fit, {proba.format('X_fit')})\n"
-            f"valid_auc = roc_auc_score(y_valid, {proba.format('X_valid')})\n")
-        out["predict"] = f"p = {'model.predict({})' if spec['hard'] else proba}\n".format("X_test")
-    out["write"] = (f'submission = pd.DataFrame({{"{task["id"]}": test["{task["id"]}"], '
-                    f'"{target}": p}})\nsubmission.to_csv("submission.csv", index=False)\n')
-    names = set(re.findall(r"\w+", "".join(out.values())))
-    used = {m: [n for n in listed.split() if n in names] for m, listed in MODULES.items()}
-    out["import"] = ("import numpy as np\n" * ("np" in names) + "import pandas as pd\n" + "".join(
-        f"from sklearn.{m} import {', '.join(n)}\n" for m, n in used.items() if n))
+            "model.fit(X_fit, y_fit)\n" + "".join(
+                f"{part}_{check}\n".format(X=X, y=f"y{X[1:]}", p=predicted.format(X))
+                for part, X in (("train", "X_fit"), ("valid", "X_valid"))))
+        out["predict"] = f"p = {predicted.format('X_test')}\n"
+    out["write"] = (
+        f'submission = pd.read_csv("{public}/{task["sample"]}")\nsubmission.iloc[:, 1:] = p\n'
+        if targets[1:] else f'submission = pd.DataFrame({{"{task["id"]}": test["{task["id"]}"], '
+        f'"{targets[0]}": p}})\n') + 'submission.to_csv("submission.csv", index=False)\n'
+    out["import"] = imports("".join(out.values()))
     return plan, out
+
+def imports(code):
+    """The lines that import what a program uses."""
+    names = set(re.findall(r'(?<!["\w])\w+', code))
+    lines = ["import numpy as np\n" * ("np" in names), "import pandas as pd\n"]
+    for module in MODULES:
+        used = sorted(names & set(importlib.import_module(f"sklearn.{module}").__all__))
+        lines.append(f"from sklearn.{module} import {', '.join(used)}\n" if used else "")
+    return "".join(lines)
 
 def spoil(rng, stages):
     """The stages with one more bug: first the stage is drawn, then the bug, then the place."""
@@ -332,8 +331,9 @@ def printed(rng, spec):
                    and (spec["model"] or "model" not in marker))
 
 def corpus(task, n, seed, p_improve=0.4):
-    """n pairs (messages, response), the same for the same seed. A share p_improve asks for an
-    improvement of a correct program; P_BUG of the responses have bugs."""
+    """n pairs (messages, response); p_improve ask for an improvement, P_BUG have bugs. DataError"""
+    if task["metric"] not in METRICS or not (task["numeric"] or task["text"]):
+        raise DataError(f"the tiny policy knows no programs for {task['name']}: choose a --model")
     rng, pairs = random.Random(f"{task['name']} {seed}"), []
     for _ in range(n):
         spec = draw(rng, task)

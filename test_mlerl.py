@@ -6,6 +6,7 @@ instrumented programs are run to see what they print.
 """
 import ast
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import io
@@ -194,6 +195,7 @@ def D(tmp_path):
     """The pizza task over 40 made-up answers."""
     truth = answers()
     everything = np.ones(len(truth), bool)
+    (tmp_path / "sampleSubmission.csv").write_text("request_id,requester_received_pizza\nt3_a,0\n")
     return {TASK: dict(grade.load_task(TASK), public=tmp_path, private=tmp_path, truth=truth,
                        standin=True, rows=everything, report_rows=everything)}
 
@@ -1460,6 +1462,15 @@ def test_solve_prompts_fit_with_as_much_snippet_as_possible(D, fakes, policy):
     assert len(sizes) == 4 and widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
     with pytest.raises(mlerl.UserError):
         maker(D, policy, max_prompt_tokens=50)
+
+
+def test_prompts_show_the_first_lines_of_the_sample_submission_and_cut_wide_tables(D, fakes, policy):
+    it = maker(D, policy, max_prompt_tokens=9000)
+    assert "request_id,requester_received_pizza\nt3_a,0" in it.tokenizer.decode(it.solve_ids[TASK])
+    wide = ",".join(f"species_{k}" for k in range(99))
+    (D[TASK]["public"] / "sampleSubmission.csv").write_text(f"{wide}\n" * 50)
+    text = prompts.describe(D[TASK], "", [])
+    assert wide[:100] in text and wide not in text and text.count("species_0,") < 5
 
 
 def drawn(D, policy, D_prev, n, p, seed=0):
@@ -3279,6 +3290,93 @@ def test_drop_columns_takes_them_from_tables_and_deletes_zips(standins, tmp_path
         for record in old:
             del record[t["leaks"][0]]
         assert json.loads((public / name).read_text()) == old
+
+# --------------------------------------------------------------------------------------------------
+# The tiny policy's corpus: programs composed of fragments
+
+COMPOSED = [short for short in SHORT if short not in ("tweet", "plant")]
+
+
+def family(response):
+    """What a program of the corpus trains, by its plan."""
+    plan = response.split("\n")[0]
+    return "constant" if plan.startswith("Predict") else next(
+        (words for _, words, _ in sorted(prompts.MODELS, key=lambda m: -len(m[1])) if words in plan))
+
+
+def parses(response):
+    try:
+        return bool(ast.parse(mlerl.parse_response(response)[1]))
+    except SyntaxError:
+        return False
+
+
+def test_corpus_is_seeded_diverse_and_has_few_constants_and_no_leak():
+    t = task("pizza")
+    pairs = prompts.corpus(t, 1500, 3)
+    assert pairs == prompts.corpus(t, 1500, 3) and pairs[:50] != prompts.corpus(t, 50, 4)
+    assert len({code for _, code in pairs}) > 1350
+    assert sum(family(r) == "constant" for _, r in pairs) <= 0.05 * len(pairs)
+    assert not any(leak in str(pair) for leak in t["leaks"] for pair in pairs)
+
+
+def test_corpus_bugs_hit_no_family_half_as_often_again_as_another():
+    t, rng, bugged = task("pizza"), random.Random(0), {}
+    for _ in range(4000):
+        spec = prompts.draw(rng, t)
+        plan, stages = prompts.render(t, spec)
+        spoilt = stages
+        for _ in range(rng.choice(prompts.N_BUGS) if rng.random() < prompts.P_BUG else 0):
+            spoilt = prompts.spoil(rng, spoilt)
+        bugged.setdefault(family(plan), []).append(spoilt != stages)
+    shares = {name: np.mean(hits) for name, hits in bugged.items() if name != "constant"}
+    assert len(shares) == len(prompts.MODELS)
+    assert max(shares.values()) <= 1.5 * min(shares.values())
+    assert max(1 - s for s in shares.values()) <= 3 * min(1 - s for s in shares.values())
+
+
+def test_corpus_strong_learners_never_meet_many_groups_of_columns():
+    t, rng = task("pizza"), random.Random(1)
+    for spec in (prompts.draw(rng, t) for _ in range(3000)):
+        if spec["model"] and spec["model"][0] > 0:
+            assert sum(groups for *_, groups in spec["features"]) <= 1
+
+
+def test_corpus_programs_without_bugs_are_valid_on_every_task(standins, tmp_path):
+    cfg = config(run=str(tmp_path / "run"), workers=2, timeout=60, cpu_limit=60, memory_gb=4.0,
+                 instrument="ast")
+    D = {task(short)["name"]: grade.open_task(task(short)["name"], standins) for short in COMPOSED}
+    env, rng, attempts = mlerl.Environment(cfg, D), random.Random(7), []
+    with contextlib.closing(env.pool):
+        for t in D.values():
+            for k in range(5):
+                plan, stages = prompts.render(t, prompts.draw(rng, t))
+                attempts.append(mlerl.Attempt(t["name"], "solve", [], plan=plan,
+                                              code="".join(stages.values())))
+        env.submit(attempts)
+        batch, _ = env.collect(len(attempts), -1, True)
+    for a in batch:
+        assert a.valid, (a.task, a.plan, a.code, a.outcome, a.reason, a.output)
+        assert any(mark.startswith("predicted") for mark in a.marks) or "Predict" in a.plan
+
+
+@pytest.mark.parametrize("short", ["tweet", "plant"])
+def test_corpus_refuses_what_it_has_no_fragments_for_in_one_line(short):
+    with pytest.raises(grade.DataError, match="choose a --model"):
+        prompts.corpus(task(short), 5, 0)
+
+
+def test_corpus_programs_stay_below_the_bar_on_the_real_data(real, tmp_path):
+    t = grade.open_task(SHORT["pizza"], real)
+    cfg = config(run=str(tmp_path / "run"), workers=2, timeout=60, cpu_limit=60, memory_gb=4.0)
+    env, rng = mlerl.Environment(cfg, {t["name"]: t}), random.Random(8)
+    with contextlib.closing(env.pool):
+        for k in range(30):
+            plan, stages = prompts.render(t, prompts.draw(rng, t))
+            env.submit([mlerl.Attempt(t["name"], "solve", [], plan=plan,
+                                      code="".join(stages.values()))])
+        batch, _ = env.collect(30, -1, True)
+    assert all(a.valid for a in batch) and max(a.score for a in batch) <= 0.66
 
 # --------------------------------------------------------------------------------------------------
 # Stand-ins
