@@ -58,6 +58,7 @@ class Config:
     program: str = ""  # --mode run: the Python file to execute
     seed: Index = 0  # seed of everything random
     model: str = "Qwen/Qwen2.5-3B-Instruct"  # name or folder, or "tiny" (Table 3)
+    policy: str = ""  # a trained policy's folder to evaluate or train on, of the same preset
     sft: str = ""  # supervised fine-tuning first: JSON lines with "prompt" and "response"
     sft_steps: Count = 300  # steps of supervised fine-tuning (CHOICE: the paper has none)
     sft_lr: Size = 1e-5  # learning rate of supervised fine-tuning, cosine to 0 (CHOICE)
@@ -394,8 +395,7 @@ def landlock(readable, writable):
     libc("syscall", restrict, ruleset, 0)
 
 def enter_box(job):
-    """Build the walls that stay, and import what programs import: imports only, since forks would
-    miss the threads of computations."""
+    """Build the walls that stay, and import what programs import (forks would miss threads)."""
     if job.walls:
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")  # killed before the trainer is
         libc("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: nothing gets out of sight
@@ -577,8 +577,7 @@ def read_output(data, secret, limit):
     return data.decode(errors="replace"), [mark.decode(errors="replace") for mark in marks]
 
 def read_submission(folder):
-    """Bytes of a submission or None. A link of either kind, a FIFO, a device, a folder and a
-    gigantic file are none. All of the program's processes are dead by now."""
+    """Bytes of a submission; None for a link, FIFO, device, folder or gigantic file."""
     with contextlib.suppress(OSError):
         fd = os.open("submission.csv", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         info = os.fstat(fd)
@@ -1283,6 +1282,7 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
         staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.running),
         distinct=len({a.code for a in batch if a.code}),
+        tasks={t: summarize(env.D[t], [a for a in batch if a.task == t]) for t in env.D},
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         **variance_parts(x.R, [a.valid for a in batch]),
         outcomes=dict(collections.Counter(a.outcome for a in batch)), lost_infra=lost["infra"],
@@ -1319,9 +1319,8 @@ def plot(folder):
 
 # §14 Supervised fine-tuning and the tiny policy ---------------------------------------------------
 def supervised(lm, tokenizer, pairs, cfg):
-    """Fine-tune lm on (chat, response) pairs: AdamW, cosine to 0, loss on response tokens.
-    CHOICE: the paper begins with an instruction-tuned model; one trained from nothing needs this
-    first. It is trained at temperature 1 and sampled at 0.7, which makes its bugs rarer."""
+    """Fine-tune lm on (chat, response) pairs: AdamW, cosine to 0, loss on response tokens (CHOICE:
+    the paper's model is instruction-tuned). Temperature 1; sampling at 0.7 makes bugs rarer."""
     rng = random.Random(cfg.seed)
     cfg = dataclasses.replace(cfg, temperature=1.0, ppo_epochs=1, mini_batch=cfg.sft_batch,
                               loss_agg="token")
@@ -1384,7 +1383,7 @@ def tiny_policy(cfg, D):
 
 def initial_policy(cfg, D):
     """Folder or hub name of the policy that training starts from, fine-tuned first if --sft."""
-    start, folder = tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model, cfg.run + "/sft"
+    start = cfg.policy or (tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model)
     if not cfg.sft:
         return start
     with grade.blame(UserError, f"--sft {cfg.sft}: need lines that are JSON objects with the texts "
@@ -1392,7 +1391,7 @@ def initial_policy(cfg, D):
         pairs = [([{"role": "user", "content": "" + row["prompt"]}], "" + row["response"])
                  for row in map(json.loads, open(cfg.sft))]
         pairs[0]
-    if not os.path.exists(folder):
+    if not os.path.exists(folder := f"{cfg.run}/sft"):
         lm, tokenizer = load_policy(start)
         supervised(lm, tokenizer, pairs, cfg)
         save_policy(pathlib.Path(folder), lm, tokenizer)
@@ -1420,7 +1419,8 @@ def parse(argv):
         raise UserError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}")
     if (cfg.mode == "run") != bool(cfg.program) or cfg.program and re.search("^all$|,", cfg.task):
         raise UserError("--mode run and --program FILE go together, with one --task: see --help")
-    if cfg.mode in ("plot", "evaluate") and not os.path.exists(f"{cfg.run}/metrics.jsonl"):
+    if cfg.mode in ("plot", "evaluate") and not os.path.exists(
+            cfg.policy or f"{cfg.run}/metrics.jsonl"):
         raise UserError(f"--mode {cfg.mode} needs --run with a run's folder, not {cfg.run!r}")
     name = f"runs/{cfg.task.replace(',', '+')}-{preset}-s{cfg.seed}"
     return dataclasses.replace(cfg, run=cfg.run or name)
@@ -1454,7 +1454,7 @@ def run_training(cfg, D):
         if cfg.instrument == "lm":
             env.copies = lambda attempts: lm_copies(attempts, sampler, learner.ref)
         common = sampler, env, maker, run
-        if not run.evaluation:
+        if cfg.mode == "train" and not run.evaluation:
             evaluate("untrained", learner.ref, D, [], *common)
             run.save(learner)
         if cfg.mode == "train" and run.iteration < cfg.iterations:

@@ -1664,6 +1664,8 @@ def test_alg1_metrics_are_means_over_the_batch(fakes, D, policy, tmp_path):
             best_score=max(best, default=None), distinct=len({a["code"] for a in batch} - {""}))
         for key, value in expected.items():
             assert row[key] == pytest.approx(value, rel=1e-5), key
+        assert row["tasks"] == {TASK: mlerl.summarize(D[TASK], [types.SimpleNamespace(
+            **a, valid=a["outcome"] == "ok") for a in batch])}
         assert row["outcomes"] == {o: sum(a["outcome"] == o for a in batch)
                                    for o in {a["outcome"] for a in batch}}
 
@@ -2005,6 +2007,15 @@ def test_mode_evaluate_adds_an_evaluation(command, tmp_path):
     assert command(mode="evaluate") == 0
     phases = [a["phase"] for a in lines(tmp_path / "r", "attempts.jsonl")]
     assert phases.count("trained_improve") == 12 and phases.count("untrained") == 6
+
+
+def test_a_trained_policy_is_evaluated_on_tasks_it_has_not_seen(command, tmp_path):
+    assert command() == 0
+    assert command(mode="evaluate", policy="r/policy", model="tiny", run="other") == 0
+    found = json.loads((tmp_path / "other" / "evaluation.json").read_text())
+    assert found["trained_scratch"]["n"] == found["trained_improve"]["n"] == 6
+    assert "untrained" not in found  # nothing of this folder knows where the policy began
+    assert command(mode="evaluate", policy="no-such-folder", run="third") == 2
 
 
 def test_mode_run_prints_one_json_object(command, tmp_path, capsys):
