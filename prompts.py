@@ -152,21 +152,21 @@ OWN = {"random-acts-of-pizza": (  # further features of single tasks
                  'student|college | thank|please | friend|party | http|imgur}", case=False)', ""),
     ("time", f"{CLOCK}.{{hour | month | dayofweek | year}}", ""),
     ("subreddits", 'df["requester_subreddits_at_request"].str.len()', ""))}
-CONSTANTS = (  # plan, prediction
+TRIVIAL = (  # plan, prediction
     ("Predict the mean of the training labels.", "np.full(len(test), y.mean())"),
     ("Predict the same value for all.", "np.full(len(test), {0.1 | 0.25 | 0.5})"),
     ("Predict random numbers.", "np.random.default_rng({0 | 1 | 2}).random(len(test))"))
-SHARES = (("Predict how frequent the classes are.",
-           "np.tile(pd.Series(y).value_counts(normalize=True).sort_index(), (len(test), 1))"),)
+SHARES = (("Predict shares.", "np.ones((len(test), 1)) * pd.get_dummies(y).mean().to_numpy()"),)
 CHECK = "score = model.score({X}, {y})"
-LABELS = ("model.predict({}).round().clip(y.min(), y.max())", CHECK,
-          (("Predict the most common label.", "np.full(len(test), y.mode()[0])"),), "none")
+MODE = (("Predict the most common label.", "np.full(len(test), y.mode()[0])"),)
 VALUES = ("model.predict({}).clip(0)", CHECK, (
     ("Predict random numbers.", "np.random.rand(*test.shape[:1], *y.shape[1:])"),), "NB|Logi|SGD")
 METRICS = {  # what is predicted from X, how it is checked, constants, models that cannot predict it
-    "roc_auc": ("model.predict_proba({})[:, 1]", "auc = roc_auc_score({y}, {p})", CONSTANTS, "none"),
+    "roc_auc": ("model.predict_proba({})[:, 1]", "auc = roc_auc_score({y}, {p})", TRIVIAL, "none"),
     "log_loss": ("model.predict_proba({})", CHECK, SHARES, "Ridge"),
-    "accuracy": LABELS, "quadratic_kappa": LABELS, "pearson": VALUES, "rmsle": VALUES}
+    "accuracy": ("model.predict({})", CHECK, MODE, "Ridge"),
+    "quadratic_kappa": ("model.predict({}).round().clip(y.min(), y.max())", CHECK, MODE, "none"),
+    "pearson": VALUES, "rmsle": VALUES}
 MODULES = """decomposition ensemble feature_extraction.text linear_model metrics model_selection
     multioutput naive_bayes neighbors neural_network pipeline preprocessing tree""".split()
 PLANS = ("Train {M} on {F}.", "Use {F} for {M}.")
