@@ -9,7 +9,7 @@ TASK: a name in tasks.json (which holds whatever tells tasks apart), your own ta
 all. Layout: DIR/<task>/prepared/{public,private}; an MLE-bench cache works and is not changed.
 
 DEVIATION: a NaN score (constant predictions under Pearson's r) is invalid here, a file that cannot
-be parsed is invalid instead of an error, and oversized files are refused unread.
+be parsed is invalid instead of an error, and oversized files are refused unparsed.
 """
 import argparse, contextlib, csv, difflib, hashlib, io, itertools, json, os, re
 import shutil, subprocess, sys, tempfile, zlib
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-MAX_BYTES = 128 << 20  # a larger submission is refused unread; the largest honest one is ~60 MB
+MAX_BYTES = 128 << 20  # a larger submission is refused unparsed; the largest honest one is ~60 MB
 MAX_COLUMNS = 10_000  # a wider table is refused before pandas builds its columns
 HEAD_BYTES = 1 << 20  # header and first row must end within these
 
