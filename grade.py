@@ -274,7 +274,7 @@ def build(task, raw, out, temp):
     zips hold. Raises DataError."""
     plan, public, private = task["prepare"], out / "public", out / "private"
     for folder in ("public", "private", *plan.get("folders", ())):
-        (out / folder).mkdir(parents=True)
+        (out / folder).mkdir(0o777 if folder[:6] == "public" else 0o700, parents=True)
     train, test = (renumber(task, part, rows, raw, public, temp)
                    for part, rows in zip(("train", "test"), split(task, raw, temp)))
     labels, answers = task["targets"], list(test)

@@ -47,8 +47,7 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every hyperparameter and option. Defaults are the paper's (Table 3); `--preset tiny` changes
-    those listed in TINY. A flag given on the command line overrides both."""
+    """Every option. Defaults are the paper's (Table 3); TINY lists what `--preset tiny` changes."""
     task: str = "random-acts-of-pizza"  # in tasks.json, or a JSON file; several with commas; all
     mode: Literal["train", "evaluate", "run", "plot"] = "train"  # what to do
     preset: Literal["auto", "tiny", "paper"] = "auto"  # auto: paper with a GPU, tiny without
@@ -62,7 +61,6 @@ class Config:
     sft: str = ""  # supervised fine-tuning first: JSON lines with "prompt" and "response"
     sft_steps: Count = 300  # steps of supervised fine-tuning (CHOICE: the paper has none)
     sft_lr: Size = 1e-5  # learning rate of supervised fine-tuning, cosine to 0 (CHOICE)
-    sft_batch: Count = 32  # sequences a step of supervised fine-tuning (CHOICE)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass (Table 3)
     gradient_checkpointing: bool = True  # trade time for memory (Table 3)
     iterations: Index = 100  # N; "total_epochs" (Table 3)
@@ -181,7 +179,7 @@ def train(cfg, D, learner, sampler, env, maker, run):
         run.iteration, run.D_prev, run.in_flight = i + 1, D_prev, list(env.running.values())
         stats |= dict(sample_s=sampled - began, execute_s=executed - sampled,
                       update_s=time.monotonic() - executed)
-        run.log(batch, iteration_metrics(i, batch, lost, x, w, returns, stats, env))
+        run.log(batch, lost, iteration_metrics(i, batch, lost, x, w, returns, stats, env))
         if (i + 1) % cfg.save_every == 0 or i + 1 == N:
             run.save(learner)
     bar.close()
@@ -344,12 +342,13 @@ def instrument(code, secret, copied=""):
 
 def lm_copies(attempts, sampler, lm):
     """Pairs (attempt, the frozen LM's copy of its program with the prints asked for) (App. C.3)."""
-    asked, attempts = [], list(attempts)  # all of them together
-    for a in (a for a in attempts if a.code.strip() and instrument(a.code, "")[1]):  # it parses
-        chat = prompts.instrument(MARKER_PRINT.sub(HIDE, a.code))
-        asked.append(Attempt("", "instrument", encode(sampler.tokenizer, chat), id=a.id))
-    copies = {copy.id: copy.code for copy in sampler.sample(asked, lm, -1)}
-    return [(a, copies.get(a.id, "")) for a in attempts]
+    attempts = iter(attempts)
+    while chunk := list(itertools.islice(attempts, sampler.cfg.sample_batch)):
+        asked = [Attempt("", "instrument", encode(sampler.tokenizer, prompts.instrument(
+            MARKER_PRINT.sub(HIDE, a.code))), id=a.id)
+            for a in chunk if a.code.strip() and instrument(a.code, "")[1]]  # it parses
+        copies = {copy.id: copy.code for copy in sampler.sample(asked, lm, -1)}
+        yield from ((a, copies.get(a.id, "")) for a in chunk)
 
 # §6 Execution (Alg. 1 l. 4-5) ---------------------------------------------------------------------
 #
@@ -362,7 +361,7 @@ def lm_copies(attempts, sampler, lm):
 #   Landlock    a list of folders that may be read or written; no TCP, signals or tracing outward
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
          [])  # best first; the last only with --unsafe-exec
-LOOK, MAX_FILES, MAX_SUBMISSION = 0.2, 20000, 100 << 20  # seconds, files, bytes
+LOOK, MAX_FILES, MAX_SUBMISSION, FLOOD = 0.2, 20000, 100 << 20, 64 << 20  # s, files, bytes
 PRELOAD = """pandas sklearn.compose sklearn.decomposition sklearn.ensemble sklearn.linear_model
     sklearn.feature_extraction.text sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
     sklearn.neural_network sklearn.svm lightgbm xgboost torch""".split()
@@ -380,8 +379,7 @@ def new_mount(folder, megabytes):
          b"mode=1777,size=%dm,nr_inodes=%d" % (megabytes, MAX_FILES))
 
 def landlock(readable, writable):
-    """Restrict this process and its children to these paths for good (Linux 5.13); no TCP from
-    6.7, no signals to processes outside from 6.12."""
+    """Restrict this process for good to these paths (Linux 5.13), no TCP (6.7), signals (6.12)."""
     create, add, restrict = 444, 445, 446  # system calls, the same on all architectures
     abi = libc("syscall", create, None, 0, 1)
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1  # all that this kernel knows
@@ -547,7 +545,7 @@ def execute(job, slot):
         finally:
             kill_all(job, pid)
         output.seek(0)
-        text, marks = read_output(output.read(), job.secret.encode(), job.output_kb << 10)
+        text, marks = read_output(output.read(FLOOD), job.secret.encode(), job.output_kb << 10)
     data = read_submission(folder) if status == 0 else None
     os.close(folder)
     if not why and status:
@@ -782,15 +780,14 @@ def reward(task, a, cfg):
     """R(s, env-inst(a)) of an executed attempt.
     paper: -10 + 0.1 a milestone, or the score, negated where lower is better (Sec. 3.2).
     bounded (CHOICE): (-1 + 0.1 a milestone) / 10, or for the signed score s of a valid program
-    (1 + tanh(2 (s - bronze) / |bronze - sample|)) / 2: it beats any failure, steepest at a bronze
-    medal, so that scores are not drowned. Unknown thresholds are the median's, or 0."""
+    (1 + tanh(2 (s - bronze) / |bronze - sample|)) / 2: steepest at a bronze medal (or median)."""
     marks = sum(any(re.search(p, m) for m in a.marks) for _, p in prompts.MILESTONES)
     if cfg.reward == "paper":
         return task["sign"] * a.score if a.valid else FAIL + MARK * marks
     if not a.valid:
         return (-1.0 + MARK * marks) / 10
-    sample, bronze = (next(v for v in (task[name], task["median"], 0.0) if v is not None)
-                      for name in ("sample_score", "bronze"))
+    sample, bronze = task["sample_score"] or 0.0, next(
+        v for v in (task["bronze"], task["median"], 0.0) if v is not None)
     far = abs(bronze - sample) or 1.0
     return 0.5 + 0.5 * math.tanh(2 * task["sign"] * (a.score - bronze) / far)
 
@@ -829,27 +826,25 @@ class Environment:
         return result | dict(R=reward(task, dataclasses.replace(a, **result), self.cfg))
 
     def collect(self, B, i, keep, tick=lambda: None):
-        """Wait until B executions complete (Alg. 1 l. 5). Returns (batch, lost). lost: {"infra": n,
-        "stale": n, "killed": [seconds each ran]}: attempts that failed by our fault or are staler
-        than max_staleness updates are left out and never rewarded; without `keep` those still in
-        flight are killed. `tick` is called for each attempt of the batch."""
-        batch, lost = [], dict(infra=0, stale=0, killed=[])
+        """Wait until B executions complete (Alg. 1 l. 5). Returns (batch, lost); lost["infra"] and
+        ["stale"]: attempts that failed by our fault, or over max_staleness updates old, which are
+        never rewarded; ["killed"]: seconds that those killed without `keep` had run."""
+        batch, lost = [], dict(infra=[], stale=[], killed=[])
         while len(batch) < B and self.running:
             ended = concurrent.futures.wait(self.running, return_when="FIRST_COMPLETED").done
             future = next(future for future in self.running if future in ended)  # the oldest
             a = self.running.pop(future)
             vars(a).update(future.result())
-            if a.outcome == "infra":
-                lost["infra"], why = lost["infra"] + 1, a.output[-200:].strip()
-            elif i - a.version > self.cfg.max_staleness:
-                lost["stale"] += 1
+            if a.outcome == "infra" or i - a.version > self.cfg.max_staleness:
+                lost["infra" if a.outcome == "infra" else "stale"].append(a)
             else:
                 batch.append(a)
                 tick()
         if not keep:
             lost["killed"] = self.cancel()
-        if lost["infra"] > 0.2 * (len(batch) + lost["infra"]):
-            raise UserError(f"{lost['infra']} programs failed by our fault ({why}): run it again")
+        if len(lost["infra"]) > 0.2 * (len(batch) + len(lost["infra"])):
+            why = lost["infra"][-1].output[-200:].strip()
+            raise UserError(f"{len(lost['infra'])} programs failed by our fault ({why}): try again")
         return batch, lost
 
     def cancel(self):
@@ -866,6 +861,7 @@ class Learner:
     """Actor (a causal LM), critic (a separate model of the same checkpoint, scalar head) and their
     optimizers (Table 3); ref, the frozen initial policy; tokenizer. Float32 master weights."""
     def __init__(self, cfg, folder):
+        torch.manual_seed(cfg.seed)  # again: a policy from the cache has drawn nothing
         self.actor, self.tokenizer = load_policy(folder)
         config = transformers.AutoConfig.from_pretrained(folder, num_labels=1)
         config.classifier_dropout = 0.0  # its default, 0.1, would make values random
@@ -1135,15 +1131,15 @@ def write_evaluation(D, run):
         parts = {phase: tables[name] for phase, tables in run.evaluation.items()}
         top = grade.best(task, [parts[p]["best"] for p in parts if p != "untrained"])
         records[name] = parts | dict(
-            best=top, medal=None if top is None else grade.medal(task, top),
+            best=top, medal=None if top is None or task["standin"] else grade.medal(task, top),
             executions=run.executions, paper=task["paper"], standin=task["standin"],
             report_fold=run.cfg.report_fold, prompts_skipped=run.skipped)
         others = {f"paper: {who}": score and score[0]
                   for who, score in task["paper"].get("Table 1", {}).items()}
-        others |= {f"MLE-bench: {medal}": task[medal]
-                   for medal in ("gold", "silver", "bronze", "median")}
+        others |= {f"MLE-bench: {k}": task[k] for k in ("gold", "silver", "bronze", "median")}
         table = pd.DataFrame(parts | {who: {"best": score} for who, score in others.items()}).T
-        print(f"\n{name}" + " - STAND-IN data, scores are not comparable" * task["standin"])
+        print(f"\n{name}, medal: {records[name]['medal']}"
+              + " - STAND-IN data, scores are not comparable" * task["standin"])
         print(table.to_string(float_format="{:.4g}".format, na_rep=""))
     write(run.folder / "evaluation.json",
           json.dumps(records if len(D) > 1 else records[name], indent=1))
@@ -1163,7 +1159,7 @@ class Run:
         self.clock, self.rng = time.monotonic(), random.Random(cfg.seed)
         self.D_prev, self.in_flight, self.best, self.evaluation = [], [], {}, {}
         self.iteration = self.drawn = self.skipped = self.executions = self.wall_s = 0  # so far
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(0o700, parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")
         with grade.blame(UserError, f"{cfg.run} is in use: wait, or give another --run"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1182,7 +1178,8 @@ class Run:
                 saved = torch.load(path, map_location="cpu", weights_only=False)
             for name in MODELS:
                 getattr(learner, name).load_state_dict(saved[name])
-            torch.set_rng_state(saved["torch_rng"])
+            torch.set_rng_state(saved["torch_rng"][0])
+            torch.cuda.set_rng_state_all(saved["torch_rng"][1])
             vars(self).update(saved["state"])
             sizes = saved["log_sizes"]
         for log, size in sizes.items():
@@ -1193,12 +1190,12 @@ class Run:
         """Write checkpoint.pt, and the policy in Hugging Face format."""
         saved = {name: getattr(learner, name).state_dict() for name in MODELS}
         saved |= dict(state={name: getattr(self, name) for name in STATE},
-                      torch_rng=torch.get_rng_state(),
+                      torch_rng=(torch.get_rng_state(), torch.cuda.get_rng_state_all()),
                       log_sizes={log: (self.folder / log).stat().st_size for log in LOGS})
         with grade.blame(OSError, "no checkpoint written"):  # torch raises RuntimeError, too
+            save_policy(self.folder / "policy", learner.actor, learner.tokenizer)
             torch.save(saved, self.folder / "checkpoint.new")
-        os.replace(self.folder / "checkpoint.new", self.folder / "checkpoint.pt")
-        save_policy(self.folder / "policy", learner.actor, learner.tokenizer)
+            os.replace(self.folder / "checkpoint.new", self.folder / "checkpoint.pt")
 
     def log_attempts(self, attempts, phase):
         """Append to attempts.jsonl; keep each task's best program and submission in best/."""
@@ -1219,9 +1216,10 @@ class Run:
                     write(path.with_name(a.task + ".json"), json.dumps(row))
                 a.submission = b""  # no longer needed
 
-    def log(self, batch, row):
+    def log(self, batch, lost, row):
         """Log an iteration: its attempts, its line of metrics, its line on the terminal."""
         self.log_attempts(batch, "train")
+        self.log_attempts(lost["infra"] + lost["stale"], "dropped")
         self.wall_s, self.clock = self.wall_s + time.monotonic() - self.clock, time.monotonic()
         row |= dict(wall_s=self.wall_s, best_score=self.best.get(next(iter(self.D))),
                     standin=any(task["standin"] for task in self.D.values()))
@@ -1266,9 +1264,10 @@ def variance_parts(R, valid):
 
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
     """One line of metrics.jsonl. `durations` are of consumed programs, `durations_sampled` also of
-    those killed once the batch was full, which count the seconds they had run."""
+    stale ones and those killed once the batch was full, which count the seconds they had run."""
     dt = [a.dt for a in batch if a.dt is not None]
-    sampled, G, V = dt + lost["killed"], returns[x.mask], x.V[x.mask]
+    sampled = dt + lost["killed"] + [a.dt for a in lost["stale"] if a.dt is not None]
+    G, V = returns[x.mask], x.V[x.mask]
     return dict(
         iteration=i, reward_mean=mean(a.R for a in batch),
         task_score_mean=mean(env.D[a.task]["sign"] * a.score if a.valid else FAIL for a in batch),
@@ -1285,8 +1284,8 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         tasks={t: summarize(env.D[t], [a for a in batch if a.task == t]) for t in env.D},
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         **variance_parts(x.R, [a.valid for a in batch]),
-        outcomes=dict(collections.Counter(a.outcome for a in batch)), lost_infra=lost["infra"],
-        lost_stale=lost["stale"], lost_killed=len(lost["killed"]))
+        outcomes=dict(collections.Counter(a.outcome for a in batch)), enforced=env.pool.report,
+        **{f"lost_{why}": len(those) for why, those in lost.items()})
 
 def plot(folder):
     """Draw figures/training.png from metrics.jsonl, config.json and evaluation.json alone."""
@@ -1322,8 +1321,7 @@ def supervised(lm, tokenizer, pairs, cfg):
     """Fine-tune lm on (chat, response) pairs: AdamW, cosine to 0, loss on response tokens (CHOICE:
     the paper's model is instruction-tuned). Temperature 1; sampling at 0.7 makes bugs rarer."""
     rng = random.Random(cfg.seed)
-    cfg = dataclasses.replace(cfg, temperature=1.0, ppo_epochs=1, mini_batch=cfg.sft_batch,
-                              loss_agg="token")
+    cfg = dataclasses.replace(cfg, temperature=1.0, ppo_epochs=1, loss_agg="token")
     data = [Attempt("", "solve", encode(tokenizer, chat), response_ids=[
                 *tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id])
             for chat, response in pairs]
@@ -1333,7 +1331,7 @@ def supervised(lm, tokenizer, pairs, cfg):
         nll = -(c * response_logprobs(lm, ids, attention, mask, cfg)[0]).sum()
         return nll, {"loss": nll}
     for _ in tqdm.trange(cfg.sft_steps, desc="supervised fine-tuning", leave=False, disable=None):
-        chosen = rng.sample(data, min(cfg.sft_batch, len(data)))
+        chosen = rng.sample(data, min(cfg.mini_batch, len(data)))
         mask = padded(chosen, "cpu")[2]
         optimize(lm, optimizer, loss, chosen, mask, cfg, cfg.actor_grad_clip)
         schedule.step()
@@ -1363,9 +1361,10 @@ def tiny_tokenizer(pairs):
 def tiny_policy(cfg, D):
     """Folder of the embedded policy: a Qwen2 of under a million weights, trained from nothing on
     programs composed of fragments (prompts.corpus); kept in the user's cache."""
-    recipe = [str((cfg.sft_steps, cfg.sft_lr, cfg.sft_batch, cfg.seed, sorted(D)))] + [
-        inspect.getsource(part) for part in (prompts, supervised, tiny_tokenizer, tiny_policy)]
-    name = hashlib.sha256("".join(recipe).encode()).hexdigest()[:16]
+    recipe = [cfg.sft_steps, cfg.sft_lr, cfg.mini_batch, cfg.seed, *(
+        prompts.corpus(task, 50, 0) for task in D.values()), *map(inspect.getsource, (
+            prompts, supervised, tiny_tokenizer, tiny_policy))]
+    name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "mlerl", name).expanduser()
     if not folder.exists():
         pairs = [p for task in D.values() for p in prompts.corpus(task, 6000 // len(D), cfg.seed)]
@@ -1383,6 +1382,7 @@ def tiny_policy(cfg, D):
 
 def initial_policy(cfg, D):
     """Folder or hub name of the policy that training starts from, fine-tuned first if --sft."""
+    torch.manual_seed(cfg.seed)
     start = cfg.policy or (tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model)
     if not cfg.sft:
         return start
@@ -1441,12 +1441,12 @@ def run_program(cfg, D):
 
 def run_training(cfg, D):
     """--mode train and evaluate, from the warm start to the closing table."""
-    torch.manual_seed(cfg.seed)
     run, env = Run(cfg, D), Environment(cfg, D)
     with contextlib.closing(env.pool):
         for name, task in D.items():
-            print("task      ", name, "- STAND-IN data, not comparable" * task["standin"])
-        print(f"policy     {cfg.model} (preset {cfg.preset}), {cfg.collect}, in {cfg.run}")
+            print(f"task       {name}, {('real', 'STAND-IN, not comparable')[task['standin']]}")
+        print(f"policy     {cfg.policy or cfg.model} (preset {cfg.preset}: reward {cfg.reward}, "
+              f"duration {cfg.duration}), {cfg.collect}, in {cfg.run}")
         print(*(f"programs   {line}" for line in env.pool.report), sep="\n")
         learner = Learner(cfg, initial_policy(cfg, D))
         run.load(learner)
@@ -1489,8 +1489,8 @@ def main(argv):
         return 130
     except UserError as error:
         problem = error
-    except MemoryError:
-        problem = "out of memory: lower --micro-batch, --workers or --memory-gb"
+    except (MemoryError, getattr(globals().get("torch"), "OutOfMemoryError", MemoryError)):
+        problem = "out of memory: lower --micro-batch or --workers, or a smaller --model"
     except OSError as error:  # no space, no permission, a file in the way
         problem = f"{error}: free space or mend permissions, then run again to go on"
     print("mlerl:", " ".join(str(problem).split()), file=sys.stderr)

@@ -178,7 +178,7 @@ BUGS = (
     ("import", r"from sklearn\.\w+ import", "from sklearn import"),
     ("load", r"train\.(json|csv)", r"training.\1"),
     ("load", r"\)\n", "\n"),
-    ("load", r'y = train\["\w+"\]', 'y = train["target"]'),
+    ("load", r'y = train\["\w+"\]', 'y = train["label"]'),
     ("features", r"features\(test\)", "features(train)"),
     ("features", r'(df\["\w+"\])\.(?!dt)\w.*,\n', r"\1,\n"),
     ("features", r"_at_request\"", '_at_retrieval"'),
@@ -202,13 +202,12 @@ def suited(task):
     """(its METRICS, models for it): more than two targets are probabilities of classes; SPARSE is
     for tasks with nothing but text."""
     metric, out = task["metric"] if len(task["targets"]) < 3 else "log_loss", []
-    for level, words, code in MODELS + SPARSE * (not task["numeric"]):
-        if re.search(METRICS[metric][3], code):
-            continue
+    known = MODELS + SPARSE * (not task["numeric"])
+    for level, words, code in (m for m in known if not re.search(METRICS[metric][3], m[2])):
         code = code if metric == "roc_auc" else code.replace('scoring="roc_auc", ', "")
-        if metric in ("pearson", "rmsle"):
-            code = code.replace("Classifier", "Regressor")
-        out.append((level, words, f"MultiOutputRegressor({code})" if metric == "rmsle" else code))
+        code = code.replace("Classifier", "Regressor") if METRICS[metric] is VALUES else code
+        several = METRICS[metric] is VALUES and task["targets"][1:]
+        out.append((level, words, f"MultiOutputRegressor({code})" if several else code))
     return METRICS[metric], out
 
 def draw_feature(rng, task):
@@ -227,7 +226,7 @@ def draw_feature(rng, task):
     code = (f'df.filter(like="{columns}")' if isinstance(columns, str) else
             f"df[{json.dumps(columns)}]" if len(columns) < 20 else
             'df[test.columns[1:]].select_dtypes("number")')
-    return words, code, "", 1 if words in named else LIMIT[0]
+    return words, code, "", LIMIT[0] if named and words not in named else 1
 
 def fits(spec):
     """Whether a program keeps the corpus's rule: features that fit the level of its model."""
@@ -298,9 +297,10 @@ def render(task, spec):
                 for part, X in (("train", "X_fit"), ("valid", "X_valid"))))
         out["predict"] = f"p = {predicted.format('X_test')}\n"
     out["write"] = (
-        f'submission = pd.read_csv("{public}/{task["sample"]}")\nsubmission.iloc[:, 1:] = p\n'
-        if targets[1:] else f'submission = pd.DataFrame({{"{task["id"]}": test["{task["id"]}"], '
-        f'"{targets[0]}": p}})\n') + 'submission.to_csv("submission.csv", index=False)\n'
+        f'submission = pd.read_csv("{public}/{task["sample"]}")\n'
+        "submission[submission.columns[1:]] = p\n" if targets[1:] else
+        f'submission = pd.DataFrame({{"{task["id"]}": test["{task["id"]}"], "{targets[0]}": p}})\n'
+    ) + 'submission.to_csv("submission.csv", index=False)\n'
     out["import"] = imports("".join(out.values()))
     return plan, out
 
