@@ -117,10 +117,10 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            sft_steps=400, sft_lr=2e-3, iterations=90, batch_size=64, mini_batch=32,
-            max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=1.3e-4,
-            anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-            entropy_coef=0.02, kl_coef=0.01, reward="bounded", duration="none", timeout=20.0,
+            sft_steps=400, sft_lr=2e-3, iterations=64, batch_size=64, mini_batch=32,
+            max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
+            anneal_to=0.1, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
+            entropy_coef=0.03, kl_coef=0.005, reward="bounded", duration="none", timeout=20.0,
             cpu_limit=15.0, memory_gb=2.0, disk_mb=64)
 
 @dataclasses.dataclass
