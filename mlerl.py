@@ -82,7 +82,7 @@ class Config:
     drop_leaks: bool = False  # hide columns known to give the label away (tasks.json)
     report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
     lr: Size = 1e-5  # actor (Table 3)
-    anneal_to: Share = 1.0  # share left of lr, critic_lr, entropy_coef at iteration N (1: Table 3)
+    anneal_to: Share = 1.0  # share left of lr and critic_lr at iteration N (1: Table 3)
     critic_lr: Size = 1e-5  # critic (Table 3)
     critic_init_std: Size = 0.02  # of the critic's new head
     critic_warmup: Index = 0  # first iterations that update the critic only (CHOICE)
@@ -95,7 +95,8 @@ class Config:
     clip: Size = 0.2  # PPO ratio (Table 3)
     value_clip: Size = 0.5  # critic (Table 3)
     max_is_weight: Positive = 2.0  # C, cap of the weight of stale samples (CHOICE)
-    entropy_coef: Size = 0.001  # Table 3
+    entropy_coef: Size = 0.001  # bonus on a token's entropy (Table 3)
+    entropy_target: Positive = 1e9  # nats a token; above it, no bonus (CHOICE: always one)
     kl_coef: Size = 0.001  # against the initial policy, in the reward (Table 3)
     gamma: Share = 1.0  # discount (Table 3)
     lam: Share = 1.0  # GAE's lambda (Table 3)
@@ -120,8 +121,8 @@ TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_ev
             sft_steps=400, sft_lr=2e-3, iterations=64, batch_size=64, mini_batch=32,
             max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
             anneal_to=0.1, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-            entropy_coef=0.03, kl_coef=0.005, reward="bounded", duration="none", timeout=20.0,
-            cpu_limit=15.0, memory_gb=2.0, disk_mb=64)
+            entropy_coef=0.05, entropy_target=0.12, kl_coef=0.005, reward="bounded", timeout=20.0,
+            cpu_limit=15.0, memory_gb=2.0, disk_mb=64, duration="none")
 
 @dataclasses.dataclass
 class Attempt:
@@ -238,8 +239,7 @@ def draw_prompts(D, D_prev, n, maker, run, p_improve):
 
 # §4 Sampling (Alg. 1 l. 3) ------------------------------------------------------------------------
 class HFSampler:
-    """Samples with transformers. A sampler has one method, `sample`, which yields attempts once
-    their responses are there: programs of one chunk run while the next is sampled."""
+    """A sampler's one method yields attempts as they are written: their programs run already."""
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.eos = cfg, tokenizer, tokenizer.eos_token_id
         self.generation = transformers.GenerationConfig(
@@ -1046,9 +1046,10 @@ def update(learner, x, A, w, returns, cfg, i):
         prox, old = like(logp, x.logp_prox, rows), like(logp, x.logp_old, rows)
         loss, clipped = policy_loss(logp, prox, old, like(logp, A, rows),
                                     w[rows].to(logp.device), cfg)             # (b, T)
-        total = (c * (loss - left * cfg.entropy_coef * entropy)).sum()
+        bonus = (c * entropy).sum()
+        total = (c * loss).sum() - cfg.entropy_coef * bonus * (bonus < cfg.entropy_target * c.sum())
         k3 = (logp - prox).exp() - 1 - (logp - prox)                          # Schulman's k3
-        return total, {"policy_loss": (c * loss).sum(), "entropy": (c * entropy).sum(),
+        return total, {"policy_loss": (c * loss).sum(), "entropy": bonus,
                        "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
     learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left
     learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left
@@ -1359,8 +1360,7 @@ def tiny_tokenizer(pairs):
     return tokenizer
 
 def tiny_policy(cfg, D):
-    """Folder of the embedded policy: a Qwen2 of under a million weights, trained from nothing on
-    programs composed of fragments (prompts.corpus); kept in the user's cache."""
+    """Folder of the embedded policy, trained on prompts.corpus and kept in the user's cache."""
     recipe = [cfg.sft_steps, cfg.sft_lr, cfg.mini_batch, cfg.seed, *(
         prompts.corpus(task, 50, 0) for task in D.values()), *map(inspect.getsource, (
             prompts, supervised, tiny_tokenizer, tiny_policy))]

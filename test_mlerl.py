@@ -775,6 +775,25 @@ def test_update_takes_the_gradient_of_the_loss_whatever_the_micro_batch(learner,
     assert 0 < means["clip_fraction"] < 1
 
 
+@pytest.mark.parametrize("factor, coef", [(1.01, 0.1), (0.99, 0.0)])
+def test_above_its_target_entropy_earns_no_bonus(learner, factor, coef):
+    cfg = config(batch_size=8, mini_batch=8, micro_batch=8, **FREE)
+    x, A, w, G = update_inputs(learner, cfg)
+    mean = slow_update_losses(learner, x, A, w, G, cfg)[2]["entropy"]
+    oracle = slow_update_losses(learner, x, A, w, G, dataclasses.replace(cfg, entropy_coef=coef))[0]
+    oracle = grads(oracle, learner.actor)
+    _, actor, _ = step(learner, x, A, w, G, dataclasses.replace(cfg, entropy_target=factor * mean))
+    close(actor, oracle, 1e-4)
+
+
+@pytest.mark.parametrize("i, left", [(0, 1.0), (5, 0.6), (9, 0.28)])
+def test_learning_rates_fall_linearly_to_the_share_anneal_to(learner, i, left):
+    cfg = config(batch_size=8, mini_batch=8, iterations=10, anneal_to=0.2, lr=0.5, critic_lr=2.0)
+    mlerl.update(learner, *update_inputs(learner, cfg), cfg, i)
+    assert learner.actor_opt.param_groups[0]["lr"] == pytest.approx(0.5 * left)
+    assert learner.critic_opt.param_groups[0]["lr"] == pytest.approx(2.0 * left)
+
+
 def test_value_loss_is_never_weighted_by_duration(learner):
     cfg = config(batch_size=8, mini_batch=8, **FREE)
     x, A, w, G = update_inputs(learner, cfg)
