@@ -170,7 +170,6 @@ METRICS = {  # what is predicted from X, how it is checked, constants, models th
 MODULES = """decomposition ensemble feature_extraction.text linear_model metrics model_selection
     multioutput naive_bayes neighbors neural_network pipeline preprocessing tree""".split()
 PLANS = ("Train {M} on {F}.", "Use {F} for {M}.")
-
 # Bugs: stage, pattern, replacement. How many a program has is drawn once, not for each stage: long
 # programs fail no more often than short ones, where a policy would learn to hide.
 BUGS = (
@@ -212,7 +211,8 @@ def suited(task):
 
 def draw_feature(rng, task):
     """(words of the plan, expression in `df`, line before it, groups of numeric columns)."""
-    kinds = [task["numeric"]] * 3 + [task["text"] and TEXT, OWN.get(task["name"])]
+    text = TEXT if task["metric"] != "pearson" else TEXT[:2] + TEXT[4:]  # else constants: no score
+    kinds = [task["numeric"]] * 3 + [task["text"] and text, OWN.get(task["name"])]
     kind = rng.choice([k for k in kinds if k])
     if kind is not task["numeric"]:
         words, *code = rng.choice(kind)

@@ -1759,6 +1759,7 @@ def test_alg1_rewards_the_likelier_the_better_program(fakes, D, policy, tmp_path
 
     cfg = dict(iterations=6, collect="wait", batch_size=8, mini_batch=8, lr=1e-2, p_improve=0.0)
     _, _, learner, *_ = trained(policy, D, tmp_path / "run", sampler=TwoResponses, **cfg)
+    D[TASK]["public"] = tmp_path  # the run's staged folder is gone
     prompt = mlerl.PromptMaker(config(), D, learner.tokenizer).solve_ids[TASK]
 
     def odds(lm):
