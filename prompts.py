@@ -243,7 +243,7 @@ def draw(rng, task):
         return dict(model=None, plan=plan, constant=pick(rng, prediction, task))
     model = rng.choices(models, [3 if level == 0 else 2 for level, *_ in models])[0]
     spec = dict(model=(*model[:2], pick(rng, model[2], task)), features=[], plan=rng.choice(PLANS),
-                check=rng.random() < P_CHECK)
+                check=rng.random() < P_CHECK * (len(task["targets"]) < 9))  # enough rows a class
     if model[0] == 4:
         columns = rng.choice([task["text"], *([c] for c in task["text"])])
         text = ' + " " + '.join(f'df["{c}"]' for c in columns)

@@ -3394,7 +3394,7 @@ def test_corpus_programs_without_bugs_are_valid_on_every_task(standins, tmp_path
     env, rng, attempts = mlerl.Environment(cfg, D), random.Random(7), []
     with contextlib.closing(env.pool):
         for t in D.values():
-            for k in range(5):
+            for k in range(2):
                 plan, stages = prompts.render(t, prompts.draw(rng, t))
                 attempts.append(mlerl.Attempt(t["name"], "solve", [], plan=plan,
                                               code="".join(stages.values())))
@@ -3416,11 +3416,11 @@ def test_corpus_programs_stay_below_the_bar_on_the_real_data(real, tmp_path):
     cfg = config(run=str(tmp_path / "run"), workers=2, timeout=60, cpu_limit=60, memory_gb=4.0)
     env, rng = mlerl.Environment(cfg, {t["name"]: t}), random.Random(8)
     with contextlib.closing(env.pool):
-        for k in range(30):
+        for k in range(12):
             plan, stages = prompts.render(t, prompts.draw(rng, t))
             env.submit([mlerl.Attempt(t["name"], "solve", [], plan=plan,
                                       code="".join(stages.values()))])
-        batch, _ = env.collect(30, -1, True)
+        batch, _ = env.collect(12, -1, True)
     assert all(a.valid for a in batch) and max(a.score for a in batch) <= 0.66
 
 # --------------------------------------------------------------------------------------------------
