@@ -1444,7 +1444,7 @@ def run_training(cfg, D):
     run, env = Run(cfg, D), Environment(cfg, D)
     with contextlib.closing(env.pool):
         for name, task in D.items():
-            print(f"task       {name}, {('real', 'STAND-IN, not comparable')[task['standin']]}")
+            print(f"task       {name}, {('real', 'STAND-IN')[task['standin']]} data")
         print(f"policy     {cfg.policy or cfg.model} (preset {cfg.preset}: reward {cfg.reward}, "
               f"duration {cfg.duration}), {cfg.collect}, in {cfg.run}")
         print(*(f"programs   {line}" for line in env.pool.report), sep="\n")
