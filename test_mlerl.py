@@ -3349,13 +3349,6 @@ def family(response):
         (words for _, words, _ in sorted(prompts.MODELS, key=lambda m: -len(m[1])) if words in plan))
 
 
-def parses(response):
-    try:
-        return bool(ast.parse(mlerl.parse_response(response)[1]))
-    except SyntaxError:
-        return False
-
-
 def test_corpus_is_seeded_diverse_and_has_few_constants_and_no_leak():
     t = task("pizza")
     pairs = prompts.corpus(t, 1500, 3)
