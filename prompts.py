@@ -1,24 +1,18 @@
 """All text that a model sees: prompts and milestones (Sec. 3.2, 3.3, App. C), and the corpus of
 programs from which the embedded tiny policy learns to write at all; it looks at no data."""
-import csv, importlib.util, itertools, json, random, re
+import csv, importlib.metadata, itertools, json, random, re
 
 from grade import DataError
 
-# The packages that a program may use (App. C): name in the prompt -> module, if it is another.
-PACKAGES = {"statsmodels": "", "pandas": "", "timm": "", "bayesian-optimization": "bayes_opt",
-            "scikit-learn": "sklearn", "xgboost": "", "numpy": "", "torch": "", "torchvision": "",
-            "lightGBM": "lightgbm", "torch-geometric": "torch_geometric"}
+# The packages that a program may use (App. C), by their names on PyPI.
+PACKAGES = """statsmodels pandas timm bayesian-optimization scikit-learn xgboost numpy torch
+    torchvision lightGBM torch-geometric""".split()
 
 # Progress of a program (App. C.3): the words printed, and what earns partial credit (Sec. 3.2).
 # A loss counts only with its value. `instrument` below asks the LM for exactly these words.
-MILESTONES = (
-    ("imported packages", r"^imported packages"),
-    ("loaded data", r"^loaded data"),
-    ("defined model", r"^defined model"),
-    ("training loss:", r"^training loss:\s*\S"),
-    ("trained model", r"^trained model"),
-    ("testing loss:", r"^testing loss:\s*\S"),
-    ("predicted test labels", r"^predicted test labels"))
+MILESTONES = [(marker, f"^{marker}" + r"\s*\S" * marker.endswith(":")) for marker in (
+    "imported packages", "loaded data", "defined model", "training loss:", "trained model",
+    "testing loss:", "predicted test labels")]
 
 SYSTEM = ("You are a machine learning engineer. You solve a task by writing one Python program "
           "that trains a model, applies it to the test set and writes a submission file.")
@@ -81,13 +75,13 @@ def instrument(code):
         "1. Each print comes after the operation it names has finished, never before it.\n"
         "2. The two losses are printed only where the program itself computes such a value, from "
         "the variable that holds it; compute nothing new for them.\n"
-        "3. Return the whole program in one ```python code block.\n"
-        "4. Leave every other line exactly as it is: fix nothing, reformat nothing.\n\n"
+        "3. Return the whole program in one ```python code block, with every other line exactly as "
+        "it is: fix nothing, reformat nothing.\n\n"
         f"```python\n{code}```"))
 
 def importable():
-    """Those of PACKAGES that programs can import here, by their names in the prompt."""
-    return [name for name, module in PACKAGES.items() if importlib.util.find_spec(module or name)]
+    """Those of PACKAGES that programs can import here."""
+    return [name for name in PACKAGES if any(importlib.metadata.distributions(name=name))]
 
 def snippet(task, width):
     """The first record of the train and test tables, values cut to `width` characters (App. C)."""
@@ -101,9 +95,9 @@ def snippet(task, width):
         shown.append(f"{name}, first record:\n" + "\n".join(cells))
     return "\n\n".join(shown)
 
-# Fragments of the tiny policy's corpus (CHOICE: the paper starts from an instruction-tuned model) -
+# Fragments of the tiny policy's corpus (CHOICE: the paper starts from an instruction-tuned model).
 # {a | b} stands for one of its options, {T} for a text column. LIMIT is the most groups of numeric
-# columns that go with a model of each level, no matter what scores well: simple learners may have
+# columns that a model of each level gets, no matter what scores well: simple learners may have
 # many, strong ones few. What combines both is nowhere in the corpus, though each of its lines is.
 LIMIT, SIZE = (4, 1, 1, 1, 0), 5  # SIZE: most features of any kind
 P_CONSTANT, P_CHECK, P_BUG, N_BUGS = 0.04, 0.25, 0.88, (1, 2, 2, 3)  # bugs, if it has any
@@ -147,48 +141,53 @@ TEXT = (  # features of a text column: words of the plan, expression, what must 
     ("topics", "words.transform(df[{T}])", "words = make_pipeline(TfidfVectorizer(min_df=3), "
      "TruncatedSVD({3 | 10 | 30}, random_state=0)).fit(train[{T}])\n"))
 CLOCK = 'pd.to_datetime(df["unix_timestamp_of_request"], unit="s").dt'
+PHOTO = ('np.stack([np.asarray(Image.open(f"plant-pathology-2020-fgvc7/prepared/public/images/{k}'
+         '.jpg").convert("{L | RGB | HSV}")%s for k in df["image_id"]])')
 OWN = {"random-acts-of-pizza": (  # further features of single tasks
     ("keywords", 'df[{T}].str.contains("{job|work | rent|bill | kid|wife|family | '
                  'student|college | thank|please | friend|party | http|imgur}", case=False)', ""),
     ("time", f"{CLOCK}.{{hour | month | dayofweek | year}}", ""),
-    ("subreddits", 'df["requester_subreddits_at_request"].str.len()', ""))}
+    ("subreddits", 'df["requester_subreddits_at_request"].str.len()', "")),
+       "plant-pathology-2020-fgvc7": (
+    ("pixels", PHOTO % '.resize(({1 | 2 | 4 | 8},) * 2)).ravel()', ""),
+    ("colors", PHOTO % '.histogram()[::{8 | 16 | 32}])', ""))}
 TRIVIAL = (  # plan, prediction
-    ("Predict the mean of the training labels.", "np.full(len(test), y.mean())"),
-    ("Predict the same value for all.", "np.full(len(test), {0.1 | 0.25 | 0.5})"),
-    ("Predict random numbers.", "np.random.default_rng({0 | 1 | 2}).random(len(test))"))
-SHARES = (("Predict shares.", "np.ones((len(test), 1)) * pd.get_dummies(y).mean().to_numpy()"),)
+    ("Predict the mean of the training labels.", "p = np.full(len(test), y.mean())"),
+    ("Predict the same value for all.", "p = np.full(len(test), {0.1 | 0.25 | 0.5})"),
+    ("Predict random numbers.", "p = np.random.default_rng({0 | 1 | 2}).random(len(test))"))
+SHARES = (("Predict shares.", "p = np.ones((len(test), 1)) * pd.get_dummies(y).mean().values"),)
+PART = "words.str[{:2 | :3 | :5 | :8 | -2: | -3: | -5: | -8: | 1: | 2: | :-1 | 1:-1}]"
+SPANS = (("Predict the text.", 'p = test["text"]'), ("Predict a part of the text.", (
+    'words = test["text"].str.split()\n'
+    f'part = {PART}.where(test["sentiment"] == "{{positive | negative}}", {PART})\n'
+    'p = words.where(test["sentiment"] == "neutral", part).str.join(" ")')))
 CHECK = "score = model.score({X}, {y})"
-MODE = (("Predict the most common label.", "np.full(len(test), y.mode()[0])"),)
+MODE = (("Predict the most common label.", "p = np.full(len(test), y.mode()[0])"),)
 VALUES = ("model.predict({}).clip(0)", CHECK, (
-    ("Predict random numbers.", "np.random.rand(*test.shape[:1], *y.shape[1:])"),), "NB|Logi|SGD")
+    ("Predict random numbers.", "p = np.random.rand(len(test), *y.shape[1:])"),), "NB|Logi|SGD")
 METRICS = {  # what is predicted from X, how it is checked, constants, models that cannot predict it
     "roc_auc": ("model.predict_proba({})[:, 1]", "auc = roc_auc_score({y}, {p})", TRIVIAL, "none"),
     "log_loss": ("model.predict_proba({})", CHECK, SHARES, "Ridge"),
     "accuracy": ("model.predict({})", CHECK, MODE, "Ridge"),
     "quadratic_kappa": ("model.predict({}).round().clip(y.min(), y.max())", CHECK, MODE, "none"),
-    "pearson": VALUES, "rmsle": VALUES}
+    "word_jaccard": ("", "", SPANS, ""), "pearson": VALUES, "rmsle": VALUES}
 MODULES = """decomposition ensemble feature_extraction.text linear_model metrics model_selection
     multioutput naive_bayes neighbors neural_network pipeline preprocessing tree""".split()
 PLANS = ("Train {M} on {F}.", "Use {F} for {M}.")
-# Bugs: stage, pattern, replacement. How many a program has is drawn once, not for each stage: long
-# programs fail no more often than short ones, where a policy would learn to hide.
-BUGS = (
-    ("import", r"(?m)^(?!import pandas).+\n", ""),
-    ("import", r"from sklearn\.\w+ import", "from sklearn import"),
-    ("load", r"train\.(json|csv)", r"training.\1"),
-    ("load", r"\)\n", "\n"),
-    ("load", r'y = train\["\w+"\]', 'y = train["label"]'),
-    ("features", r"features\(test\)", "features(train)"),
-    ("features", r'(df\["\w+"\])\.(?!dt)\w.*,\n', r"\1,\n"),
-    ("features", r"_at_request\"", '_at_retrieval"'),
-    ("model", r"\((\w+)=", r"(\1s="),
-    ("model", r"\)\n", "\n"),
-    ("fit", r"(?m)^model\.fit.*\n", ""),
-    ("fit", r"fit\((\w+), \w+\)", r"fit(\1)"),
-    ("predict", r"X_test", "X"),
-    ("predict", r"len\(test\)", "len(train)"),
-    ("write", r', "\w+": p', ', "prediction": p'),
-    ("write", r'"submission\.csv"', '"predictions.csv"'))
+# Bugs of each stage: pattern, replacement. How many is drawn once for a program, not for a stage:
+# long programs fail no more often than short ones, where a policy would learn to hide.
+BUGS = {
+    "import": ((r"(?m)^(?!import pandas).+\n", ""),
+               (r"from sklearn\.\w+ import", "from sklearn import")),
+    "load": ((r"train\.(json|csv)", r"training.\1"), (r"\)\n", "\n"),
+             (r'y = train\["\w+"\]', 'y = train["label"]')),
+    "features": ((r"features\(test\)", "features(train)"),
+                 (r'(df\["\w+"\])\.(?!dt)\w.*,\n', r"\1,\n"),
+                 (r"_at_request\"", '_at_retrieval"')),
+    "model": ((r"\((\w+)=", r"(\1s="), (r"\)\n", "\n")),
+    "fit": ((r"(?m)^model\.fit.*\n", ""), (r"fit\((\w+), \w+\)", r"fit(\1)")),
+    "predict": (("X_test", "X"), (r"len\(test\)", "len(train)")),
+    "write": ((r', "\w+": p', ', "prediction": p'), (r'"submission\.csv"', '"predictions.csv"'))}
 
 # Composition of the corpus ------------------------------------------------------------------------
 def pick(rng, text, task):
@@ -201,7 +200,7 @@ def suited(task):
     """(its METRICS, models for it): more than two targets are probabilities of classes; SPARSE is
     for tasks with nothing but text."""
     metric, out = task["metric"] if len(task["targets"]) < 3 else "log_loss", []
-    known = MODELS + SPARSE * (not task["numeric"])
+    known = MODELS + SPARSE * bool(task["text"] and not task["numeric"])
     for level, words, code in (m for m in known if not re.search(METRICS[metric][3], m[2])):
         code = code if metric == "roc_auc" else code.replace('scoring="roc_auc", ', "")
         code = code.replace("Classifier", "Regressor") if METRICS[metric] is VALUES else code
@@ -238,7 +237,7 @@ def fits(spec):
 def draw(rng, task):
     """A correct program as a dict of choices: independent but for the rule in `fits`."""
     (_, _, constants, _), models = suited(task)
-    if rng.random() < P_CONSTANT:
+    if rng.random() < P_CONSTANT or not models:
         plan, prediction = rng.choice(constants)
         return dict(model=None, plan=plan, constant=pick(rng, prediction, task))
     model = rng.choices(models, [3 if level == 0 else 2 for level, *_ in models])[0]
@@ -277,7 +276,7 @@ def render(task, spec):
         f'{part} = pd.read_{task[part].split(".")[-1]}("{public}/{task[part]}")\n'
         for part in ("train", "test")) + f"y = train[{label}]{integers}\n"}
     if spec["model"] is None:
-        out["predict"] = f"p = {spec['constant']}\n"
+        out["predict"] = f"{spec['constant']}\n"
     else:
         level, name, model = spec["model"]
         words, codes, setups, _ = zip(*spec["features"])
@@ -307,7 +306,8 @@ def render(task, spec):
 def imports(code):
     """The lines that import what a program uses."""
     names = set(re.findall(r'(?<!["\w])\w+', code))
-    lines = ["import numpy as np\n" * ("np" in names), "import pandas as pd\n"]
+    lines = ["import numpy as np\n" * ("np" in names), "import pandas as pd\n",
+             "from PIL import Image\n" * ("Image" in names)]
     for module in MODULES:
         used = sorted(names & set(importlib.import_module(f"sklearn.{module}").__all__))
         lines.append(f"from sklearn.{module} import {', '.join(used)}\n" if used else "")
@@ -315,11 +315,11 @@ def imports(code):
 
 def spoil(rng, stages):
     """The stages with one more bug: first the stage is drawn, then the bug, then the place."""
-    fitting = [b for b in BUGS if re.search(b[1], stages.get(b[0], ""))]
-    stage = rng.choice(sorted({b[0] for b in fitting}))
-    bugs = [b for b in fitting if b[0] == stage]
+    fitting = {stage: [b for b in bugs if re.search(b[0], stages.get(stage, ""))]
+               for stage, bugs in BUGS.items()}
+    bugs = fitting[stage := rng.choice(sorted(stage for stage in fitting if fitting[stage]))]
     # The first bugs of a stage are the common ones: temperature 0.7 removes what is rare.
-    _, pattern, new = rng.choices(bugs, [4 ** -k for k in range(len(bugs))])[0]
+    pattern, new = rng.choices(bugs, [4 ** -k for k in range(len(bugs))])[0]
     place, text = rng.choice(list(re.finditer(pattern, stages[stage]))), stages[stage]
     return {**stages, stage: text[:place.start()] + place.expand(new) + text[place.end():]}
 
@@ -332,7 +332,7 @@ def printed(rng, spec):
 
 def corpus(task, n, seed, p_improve=0.4):
     """n pairs (messages, response); p_improve ask for an improvement, P_BUG have bugs. DataError"""
-    if task["metric"] not in METRICS or not (task["numeric"] or task["text"]):
+    if not (task["numeric"] or task["text"] or task["name"] in OWN):
         raise DataError(f"the tiny policy knows no programs for {task['name']}: choose a --model")
     rng, pairs = random.Random(f"{task['name']} {seed}"), []
     for _ in range(n):
