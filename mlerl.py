@@ -82,7 +82,7 @@ class Config:
     drop_leaks: bool = False  # hide columns known to give the label away (tasks.json)
     report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
     lr: Size = 1e-5  # actor (Table 3)
-    anneal_to: Share = 1.0  # share left of lr and critic_lr at iteration N (1: Table 3)
+    anneal_to: Share = 1.0  # share of both lr and entropy_target left at iteration N (1: Table 3)
     critic_lr: Size = 1e-5  # critic (Table 3)
     critic_init_std: Size = 0.02  # of the critic's new head
     critic_warmup: Index = 0  # first iterations that update the critic only (CHOICE)
@@ -121,7 +121,7 @@ TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_ev
             sft_steps=400, sft_lr=2e-3, iterations=64, batch_size=64, mini_batch=32,
             max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
             anneal_to=0.1, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-            entropy_coef=0.05, entropy_target=0.12, kl_coef=0.005, reward="bounded", timeout=20.0,
+            entropy_coef=0.15, entropy_target=0.2, kl_coef=0.005, reward="bounded", timeout=20.0,
             cpu_limit=15.0, memory_gb=2.0, disk_mb=64, duration="none")
 
 @dataclasses.dataclass
@@ -188,8 +188,7 @@ def train(cfg, D, learner, sampler, env, maker, run):
 # §3 Tasks and prompts (Alg. 1 l. 2 and 8, Sec. 3.3) -----------------------------------------------
 def encode(tokenizer, chat):
     """Token ids of chat messages, up to where the response begins."""
-    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True,
-                                              return_dict=True)["input_ids"])
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
 
 class PromptMaker:
     """Turns tasks and earlier attempts into token ids that fit `max_prompt_tokens`."""
@@ -1047,7 +1046,8 @@ def update(learner, x, A, w, returns, cfg, i):
         loss, clipped = policy_loss(logp, prox, old, like(logp, A, rows),
                                     w[rows].to(logp.device), cfg)             # (b, T)
         bonus = (c * entropy).sum()
-        total = (c * loss).sum() - cfg.entropy_coef * bonus * (bonus < cfg.entropy_target * c.sum())
+        below = bonus < left * cfg.entropy_target * c.sum()
+        total = (c * loss).sum() - cfg.entropy_coef * bonus * below
         k3 = (logp - prox).exp() - 1 - (logp - prox)                          # Schulman's k3
         return total, {"policy_loss": (c * loss).sum(), "entropy": bonus,
                        "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
