@@ -1374,9 +1374,7 @@ def tiny_policy(cfg, D):
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id))
-        torch.set_num_threads(os.cpu_count())  # no programs run yet
         supervised(lm, tokenizer, pairs, cfg)
-        torch.set_num_threads(1)
         save_policy(folder, lm, tokenizer)
     return folder
 
