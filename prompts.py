@@ -177,8 +177,7 @@ PLANS = ("Train {M} on {F}.", "Use {F} for {M}.")
 # Bugs of each stage: pattern, replacement. How many is drawn once for a program, not for a stage:
 # long programs fail no more often than short ones, where a policy would learn to hide.
 BUGS = {
-    "import": ((r"(?m)^(?!import pandas).+\n", ""),
-               (r"from sklearn\.\w+ import", "from sklearn import")),
+    "import": ((r"(?m)^(?!import pandas).+\n", ""), (r"sklearn\.\w+ import", "sklearn import")),
     "load": ((r"train\.(json|csv)", r"training.\1"), (r"\)\n", "\n"),
              (r'y = train\["\w+"\]', 'y = train["label"]')),
     "features": ((r"features\(test\)", "features(train)"),
@@ -332,7 +331,8 @@ def printed(rng, spec):
 
 def corpus(task, n, seed, p_improve=0.4):
     """n pairs (messages, response); p_improve ask for an improvement, P_BUG have bugs. DataError"""
-    if not (task["numeric"] or task["text"] or task["name"] in OWN):
+    alien = task["metric"] == "word_jaccard" and "sentiment" not in task["text"]  # no rules for it
+    if alien or not (task["numeric"] or task["text"] or task["name"] in OWN):
         raise DataError(f"the tiny policy knows no programs for {task['name']}: choose a --model")
     rng, pairs = random.Random(f"{task['name']} {seed}"), []
     for _ in range(n):

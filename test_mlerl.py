@@ -3398,9 +3398,10 @@ def test_corpus_programs_without_bugs_are_valid_on_every_task(standins, tmp_path
             assert any(mark.startswith("predicted") for mark in a.marks) or "Predict" in a.plan
 
 
-def test_corpus_refuses_what_it_has_no_fragments_for_in_one_line():
+@pytest.mark.parametrize("short, other", [("plant", {"name": "pears"}), ("tweet", {"text": ["text"]})])
+def test_corpus_refuses_what_it_has_no_fragments_for_in_one_line(short, other):
     with pytest.raises(grade.DataError, match="choose a --model"):
-        prompts.corpus(task("plant") | {"name": "pears"}, 5, 0)
+        prompts.corpus(task(short) | other, 5, 0)
 
 
 def test_corpus_programs_stay_below_the_bar_on_the_real_data(real, tmp_path):
@@ -3685,7 +3686,7 @@ def raw_rows(task, n, rng):
         columns = ["id", *(f"f_{k:02}" for k in range(31)), "target"]
         tails = [[rng.gauss(0, 1) for _ in range(7)] + [rng.randrange(10) for _ in range(11)]
                  + [rng.gauss(0, 2) for _ in range(9)] + ["".join(rng.choices("ABCDEFGH", k=10))]
-                 + [rng.gauss(0, 90) for _ in range(1)] + [rng.randrange(2) for _ in range(2)] + [rng.randrange(2)]
+                 + [rng.gauss(0, 90)] + [rng.randrange(2) for _ in range(3)]
                  for _ in range(5000)]
     elif task.startswith("tabular-playground-series-dec"):
         columns = ["Id", *(f"F{k}" for k in range(54)), "Cover_Type"]
