@@ -575,13 +575,12 @@ def read_output(data, secret, limit):
 
 def read_submission(folder):
     """Bytes of a submission; None for a link, FIFO, device, folder or gigantic file."""
-    with contextlib.suppress(OSError):
-        fd = os.open("submission.csv", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-        info = os.fstat(fd)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError), open("submission.csv", "rb", opener=lambda name, _: os.open(
+            name, flags, dir_fd=folder)) as file:
+        info = os.fstat(file.fileno())
         if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION:
-            with open(fd, "rb") as file:
-                return file.read()
-        os.close(fd)
+            return file.read()
 
 def clean(job, slot):
     """Empty the box of what a program left."""
