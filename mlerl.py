@@ -1141,8 +1141,7 @@ def write_evaluation(D, run):
         print(f"\n{name}, medal: {records[name]['medal']}"
               + " - STAND-IN data, scores are not comparable" * task["standin"])
         print(table.to_string(float_format="{:.4g}".format, na_rep=""))
-    write(run.folder / "evaluation.json",
-          json.dumps(records if len(D) > 1 else records[name], indent=1))
+    write(run.folder / "evaluation.json", records if len(D) > 1 else records[name])
 
 # §12 Run folder, checkpoint, resume ---------------------------------------------------------------
 LOGS, MODELS = ("metrics.jsonl", "attempts.jsonl"), ("actor", "critic", "actor_opt", "critic_opt")
@@ -1167,7 +1166,7 @@ class Run:
         old = read_json(path) if path.exists() else new
         if changed := [k for k in new if k not in FREE and old.get(k) != new[k]]:
             raise UserError(f"{cfg.run} differs in {', '.join(changed)}: keep it, or a new --run")
-        write(path, json.dumps(new, indent=1))
+        write(path, new)
         write(self.folder / "mlerl.py", pathlib.Path(__file__).read_bytes())
 
     def load(self, learner):
@@ -1202,18 +1201,15 @@ class Run:
         hidden = ("prompt_ids", "response_ids", "logp", "submission")
         with open(self.folder / "attempts.jsonl", "a") as file:
             for a in attempts:
-                task, path = self.D[a.task], self.folder / "best" / a.task
+                task, old = self.D[a.task], self.best.get(a.task)
                 row = {k: v for k, v in vars(a).items() if k not in hidden}
                 row |= dict(phase=phase, tokens=len(a.response_ids), standin=task["standin"])
                 file.write(json.dumps(row) + "\n")
                 self.executions += a.dt is not None
-                old = self.best.get(a.task)
                 if a.valid and a.score != old and grade.best(task, [a.score, old]) == a.score:
                     self.best[a.task] = a.score
-                    path.parent.mkdir(exist_ok=True)
-                    write(path.with_name(a.task + ".py"), a.code)
-                    write(path.with_name(a.task + ".csv"), a.submission)
-                    write(path.with_name(a.task + ".json"), json.dumps(row))
+                    for end, content in dict(py=a.code, csv=a.submission, json=row).items():
+                        write(self.folder / "best" / f"{a.task}.{end}", content)
                 a.submission = b""  # no longer needed
 
     def log(self, batch, lost, row):
@@ -1232,9 +1228,11 @@ class Run:
                 {k: math.nan if v is None else v for k, v in row.items()}))
 
 def write(path, content):
-    """Write text or bytes so that neither a reader nor a crash ever sees half a file."""
+    """Write bytes, text or JSON so that neither a reader nor a crash ever sees half a file."""
+    text = json.dumps(content, indent=1) if isinstance(content, dict) else content
+    path.parent.mkdir(exist_ok=True)
     new = path.with_name(path.name + ".new")
-    new.write_bytes(content if isinstance(content, bytes) else content.encode())
+    new.write_bytes(text if isinstance(text, bytes) else text.encode())
     os.replace(new, path)
 
 def save_policy(folder, lm, tokenizer):
