@@ -1337,17 +1337,15 @@ def supervised(lm, tokenizer, pairs, cfg):
 def tiny_tokenizer(pairs):
     """Byte-level BPE of 1,300 tokens, trained on the corpus and split at line ends only, so that
     merges cross words: a common line of a program becomes a token or two."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    bpe, special = Tokenizer(models.BPE()), ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    from tokenizers import ByteLevelBPETokenizer, Regex, pre_tokenizers
+    bpe, special = ByteLevelBPETokenizer(), ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"\n"), "merged_with_previous"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
     # One prompt in ten: all of them, thousands of equal lines, would use up the vocabulary.
     texts = [r for _, r in pairs] + [m["content"] for chat, _ in pairs[::10] for m in chat]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=1300, special_tokens=special, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.train_from_iterator(texts, vocab_size=1300, min_frequency=0, show_progress=False,
+                            special_tokens=special)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>",
         additional_special_tokens=special[1:])
