@@ -938,16 +938,14 @@ def micro_batches(attempts, rows, size):
 
 def score_tokens(model, attempts, cfg, function=response_logprobs):
     """`function` (log-probs or values) without gradient over all attempts: (B, T), mask (B, T)."""
-    T = max(len(a.response_ids) for a in attempts)
-    out = torch.zeros(len(attempts), T)
-    mask = torch.zeros(len(attempts), T, dtype=torch.bool)
+    mask = padded(attempts, "cpu")[2]
+    out = torch.zeros(mask.shape)
     for rows in micro_batches(attempts, range(len(attempts)), cfg.micro_batch):
         ids, attention, keep = padded([attempts[k] for k in rows], model.device)
         with torch.no_grad(), autocast(cfg, model.device):
             values = function(model, ids, attention, keep, cfg)
         values = values[0] if isinstance(values, tuple) else values
         out[rows, :keep.shape[1]] = values.cpu()
-        mask[rows, :keep.shape[1]] = keep.cpu()
     return out, mask
 
 # §9 Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3) -----------------------------------
