@@ -708,7 +708,8 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         slot, job = self.free.pop(), self.job | dict(task=task, code=code)
         try:
             result = self.ask(slot, job)
-            return self.ask(slot, job) if result["outcome"] == "infra" else result
+            again = result["outcome"] == "infra" and not self.closing
+            return self.ask(slot, job) if again else result
         finally:
             self.free.append(slot)
 
@@ -730,8 +731,6 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
 
     def start_worker(self, slot, walls):
         """A worker in a clean environment and perhaps in its own namespaces."""
-        if self.closing:
-            raise OSError("the pool closes")
         aside(REMOVE, slot.folder)  # of a worker that died
         slot.folder.mkdir(mode=0o711)
         command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
