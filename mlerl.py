@@ -97,6 +97,7 @@ class Config:
     max_is_weight: Positive = 2.0  # C, cap of the weight of stale samples (CHOICE)
     entropy_coef: Size = 0.001  # bonus on a token's entropy (Table 3)
     entropy_target: Positive = 1e9  # nats a token; above it, no bonus (CHOICE: always one)
+    crowding: Size = 0.0  # off a valid program's reward, times its share of the batch (CHOICE)
     kl_coef: Size = 0.001  # against the initial policy, in the reward (Table 3)
     gamma: Share = 1.0  # discount (Table 3)
     lam: Share = 1.0  # GAE's lambda (Table 3)
@@ -947,16 +948,24 @@ def score_tokens(model, attempts, cfg, function=response_logprobs):
 
 # §9 Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3) -----------------------------------
 def assemble(attempts, learner, cfg):
-    """x, the tensors of an update, on the CPU, zero where masked: R (B,) rewards; mask (B, T) bool,
-    response tokens; (B, T) float32 each: logp_old of the behaviour policy, as sampled, logp_prox of
-    the current one, logp_ref of the initial one, V, the critic's values."""
+    """x, the tensors of an update, on the CPU, zero where masked: R (B,) rewards less crowding;
+    mask (B, T) bool, response tokens; (B, T) float32 each: logp_old of the behaviour policy, as
+    sampled, logp_prox of the current one, logp_ref of the initial one, V, the critic's values."""
     logp_prox, mask = score_tokens(learner.actor, attempts, cfg)
     logp_old = torch.zeros_like(logp_prox)
     logp_old[mask] = torch.tensor([p for a in attempts for p in a.logp])
     return types.SimpleNamespace(
-        attempts=attempts, mask=mask, R=torch.tensor([a.R for a in attempts]), logp_old=logp_old,
+        attempts=attempts, mask=mask, logp_old=logp_old,
+        R=torch.tensor([a.R for a in attempts]) - cfg.crowding * crowding(attempts),
         logp_prox=logp_prox, logp_ref=score_tokens(learner.ref, attempts, cfg)[0],
         V=score_tokens(learner.critic, attempts, cfg, response_values)[0])
+
+def crowding(attempts):
+    """Share of its task's attempts in a batch that are the same valid program, 0 for an invalid
+    one: (B,). A program that spreads at the expense of others, hardly worse, is to lose by it."""
+    same = collections.Counter((a.task, a.code) for a in attempts if a.valid)
+    n = collections.Counter(a.task for a in attempts)
+    return torch.tensor([same[a.task, a.code] * a.valid / n[a.task] for a in attempts])
 
 def shape_rewards(R, logp_old, logp_ref, mask, kl_coef):
     """Token rewards r_t = R [t = last] - kl_coef (log pi_old - log pi_ref) (Table 3, k1 estimator).
@@ -1276,7 +1285,7 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         distinct=len({a.code for a in batch if a.code}),
         tasks={t: summarize(env.D[t], [a for a in batch if a.task == t]) for t in env.D},
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
-        **variance_parts(x.R, [a.valid for a in batch]),
+        **variance_parts([a.R for a in batch], [a.valid for a in batch]),
         outcomes=dict(collections.Counter(a.outcome for a in batch)), enforced=env.pool.report,
         **{f"lost_{why}": len(those) for why, those in lost.items()})
 

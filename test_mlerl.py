@@ -863,6 +863,17 @@ def test_assemble_scores_with_actor_reference_and_critic(learner):
     assert x.R.tolist() == pytest.approx([a.R for a in attempts])
 
 
+def test_crowding_costs_valid_programs_their_share_of_the_tasks_batch(learner):
+    attempts, codes = random_attempts(10), "aaabbcaaad"
+    for k, (a, code) in enumerate(zip(attempts, codes)):
+        a.code, a.task, a.outcome = code, "t" if k < 6 else "u", "ok" if k not in (2, 9) else "crash"
+    shares = [2 / 6, 2 / 6, 0, 2 / 6, 2 / 6, 1 / 6, 3 / 4, 3 / 4, 3 / 4, 0]  # by hand
+    assert mlerl.crowding(attempts).tolist() == pytest.approx(shares)
+    x = mlerl.assemble(attempts, learner, config(crowding=0.3))
+    assert x.R.tolist() == pytest.approx([a.R - 0.3 * share for a, share in zip(attempts, shares)])
+    assert mlerl.Config().crowding == 0  # the paper has none
+
+
 # --------------------------------------------------------------------------------------------------
 # Reward (Sec. 3.2)
 # --------------------------------------------------------------------------------------------------
