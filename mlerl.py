@@ -918,9 +918,10 @@ def response_logprobs(lm, ids, attention, mask, cfg):
     def score(h, y):
         log_p = (head(h).float() / cfg.temperature).log_softmax(-1)           # (chunk, V)
         return log_p.gather(-1, y[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    # With a gradient, logits are computed again in the backward pass rather than kept.
-    parts = [checkpoint(score, *chunk, use_reentrant=False) if torch.is_grad_enabled()
-             else score(*chunk) for chunk in zip(h.split(CHUNK), y.split(CHUNK))]
+    # Of several chunks, the backward pass computes the logits again rather than keep them.
+    again = torch.is_grad_enabled() and len(h) > CHUNK
+    parts = [checkpoint(score, *chunk, use_reentrant=False) if again else score(*chunk)
+             for chunk in zip(h.split(CHUNK), y.split(CHUNK))]
     blank = torch.zeros(mask.shape, device=ids.device)
     return tuple(blank.masked_scatter(mask, torch.cat(p)) for p in zip(*parts))
 
