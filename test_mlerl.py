@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -3593,6 +3594,112 @@ def rate(submit, wait, seconds):
     return count / spent, outputs
 
 
+TINY_SHAPE = dict(vocab_size=1300, hidden_size=128, intermediate_size=336, num_hidden_layers=4, num_attention_heads=4,
+                  num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=1)
+
+
+def beside_trl(lengths, micro, rounds, mini, prompt=64, T=200):
+    """Seconds of PPO updates without generation by TRL's PPOTrainer and by ours, in turn, and the losses of the
+    first one: {name: list}, {name: dict}. Same models, tokens, old log-probs, scores, mini- and micro-batches, one
+    epoch, one thread; learning rates 0. TRL pads to T and leaves its reward model out here; we always score the
+    tokens with the current policy, too, as a stale batch needs it. TRL counts the place behind a short response as a
+    token, so that losses agree at full length only."""
+    import datasets
+    import tokenizers
+    import trl.experimental.ppo.ppo_trainer as ppo
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    n, vocab, seconds, losses = len(lengths), TINY_SHAPE["vocab_size"], dict(TRL=[], mlerl=[]), {}
+    cfg = mlerl.Config(dtype="float32", gradient_checkpointing=False, mini_batch=mini, micro_batch=micro, lr=0.0, critic_lr=0.0,
+                       loss_agg="token", entropy_coef=0.0, actor_grad_clip=1e9, critic_grad_clip=1e9)
+    words = tokenizers.models.WordLevel({"<end>": 0, "<pad>": 1, **{str(k): k for k in range(2, vocab)}}, unk_token="<pad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), eos_token="<end>",
+                                                     pad_token="<pad>", chat_template="{{ messages }}")
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TINY_SHAPE)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        learner = mlerl.Learner(cfg, folder)
+        policy, value = (kind.from_pretrained(folder, dtype=torch.float32, **more) for kind, more in (
+            (transformers.AutoModelForCausalLM, {}), (transformers.AutoModelForSequenceClassification, {"num_labels": 1})))
+    value.load_state_dict(learner.critic.state_dict(), strict=False)
+    with torch.no_grad():  # not the policy that sampled any more: ratios vary
+        for model in (policy, learner.actor):
+            model.model.norm.weight *= 1.3
+    ids, scores = torch.randint(2, vocab, (n, prompt + T)), torch.randn(n)
+    for row, m in zip(ids, lengths):
+        row[prompt + m - 1], row[prompt + m:] = 0, 1
+    with torch.no_grad():
+        logits = learner.ref(ids, attention_mask=(ids != 1).long()).logits[:, prompt - 1:-1] / cfg.temperature
+    logp = logits.log_softmax(-1).gather(-1, ids[:, prompt:, None])[..., 0]
+    attempts = [mlerl.Attempt("t", "solve", row[:prompt].tolist(), response_ids=row[prompt:prompt + m].tolist(),
+                              logp=old[:m].tolist(), R=float(R)) for row, m, old, R in zip(ids, lengths, logp, scores)]
+
+    def ours():
+        begun = time.perf_counter()
+        x = mlerl.assemble(attempts, learner, cfg)
+        x.logp_prox = x.logp_old  # as TRL has it
+        r = mlerl.shape_rewards(x.R, x.logp_old, x.logp_ref, x.mask, cfg.kl_coef)
+        A, returns = mlerl.gae(r, x.V, x.mask, cfg.gamma, cfg.lam)
+        A = mlerl.whiten(A, x.mask, ["t"] * n)
+        stats = mlerl.update(learner, x, A, torch.ones(n), returns, cfg, 0)
+        seconds["mlerl"].append(time.perf_counter() - begun)
+        losses.setdefault("mlerl", {k: stats[k] for k in ("policy_loss", "value_loss", "clip_fraction", "entropy")})
+
+    class Turn(transformers.TrainerCallback):
+        begun = 0.0
+
+        def on_log(self, args, state, control, logs=None, **_):
+            names = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "policy/entropy_avg")
+            if names[0] in logs:
+                losses.setdefault("TRL", dict(zip(("policy_loss", "value_loss", "clip_fraction", "entropy"), map(logs.get, names))))
+
+        def on_step_end(self, *_, **__):
+            seconds["TRL"].append(time.perf_counter() - Turn.begun)
+            ours()
+
+    def places(prompts_of):
+        return [next(k for k in range(n) if torch.equal(ids[k, :prompt], row[:prompt])) for row in prompts_of]
+
+    def recorded(model, queries, *_):  # instead of generation
+        out = ids[places(queries)], logits[places(queries)]
+        Turn.begun = time.perf_counter()
+        return out
+
+    def get_reward(model, rows, *rest, get=ppo.get_reward):
+        return get(model, rows, *rest) if model is value else (None, scores[places(rows)], None)
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(ppo, "batch_generation", recorded)
+        patch.setattr(ppo, "get_reward", get_reward)
+        args = ppo.PPOConfig(
+            folder, per_device_train_batch_size=micro, gradient_accumulation_steps=n // micro, num_mini_batches=n // mini,
+            num_ppo_epochs=1, total_episodes=rounds * n, response_length=T, temperature=cfg.temperature, stop_token_id=0,
+            kl_coef=cfg.kl_coef, kl_estimator="k1", gamma=1.0, lam=1.0, cliprange=cfg.clip, cliprange_value=cfg.value_clip,
+            vf_coef=1.0, learning_rate=1e-30, local_rollout_forward_batch_size=32, num_sample_generations=0, bf16=False,
+            use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True)
+        data = datasets.Dataset.from_dict({"input_ids": ids[:, :prompt].tolist()})
+        ppo.PPOTrainer(args, tokenizer, policy, copy.deepcopy(learner.ref), torch.nn.Linear(1, 1), data, value, eval_dataset=data,
+                       callbacks=[Turn()], data_collator=lambda rows: {
+                           "input_ids": torch.tensor([row["input_ids"] for row in rows])}).train()
+    return seconds, losses
+
+
+def bench_update():
+    """Beside TRL's PPO, where it is installed (pip install trl==1.12.0 datasets, in an environment of its own)."""
+    if not importlib.util.find_spec("trl"):
+        print("\nPPO update beside TRL: skipped, no package trl here (1.12.0 is the last with PPO)")
+        return
+    _, losses = beside_trl([200] * 32, micro=32, mini=32, rounds=1)
+    print("\nlosses of a first batch at full length:", losses)
+    rng = np.random.default_rng(0)
+    natural = np.clip(rng.lognormal(np.log(48), 0.32, 128), 8, 200).astype(int)  # as the untrained tiny policy writes
+    natural[0] = 200
+    for name, lengths in (("natural lengths", natural), ("full length", np.full(128, 200))):
+        seconds, _ = beside_trl(lengths.tolist(), micro=8, mini=32, rounds=4)
+        ours, trl = (sorted(seconds[who][1:])[1] for who in ("mlerl", "TRL"))  # the first one warms up
+        print(f"PPO update, 128 x (64 + {name}, mean {lengths.mean():.0f}): TRL {trl:.2f} s, mlerl {ours:.2f} s, ratio {trl / ours:.2f}")
+
+
 def bench(seconds):
     env = dict(PATH=os.environ["PATH"], PYTHONHASHSEED="0", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
@@ -3653,6 +3760,7 @@ def bench(seconds):
     busy += sum(future.result()["dt"] for future in running if future.done())
     print(f"\nidle share of 2 workers under carry, B = {B}, m = {m}, 0.1 to 10 s: {1 - busy / (2 * spent):.1%}")
     world.close()
+    bench_update()
 
 
 SOAK = [  # two in three mean no harm
