@@ -3610,14 +3610,16 @@ def beside_trl(lengths, micro, rounds, mini, prompt=64, T=200):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     n, vocab, seconds, losses = len(lengths), TINY_SHAPE["vocab_size"], dict(TRL=[], mlerl=[]), {}
+    names = dict(policy_loss="loss/policy_avg", value_loss="loss/value_avg", clip_fraction="policy/clipfrac_avg",
+                 entropy="policy/entropy_avg")
     cfg = mlerl.Config(dtype="float32", gradient_checkpointing=False, mini_batch=mini, micro_batch=micro, lr=0.0, critic_lr=0.0,
                        loss_agg="token", entropy_coef=0.0, actor_grad_clip=1e9, critic_grad_clip=1e9)
     words = tokenizers.models.WordLevel({"<end>": 0, "<pad>": 1, **{str(k): k for k in range(2, vocab)}}, unk_token="<pad>")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), eos_token="<end>",
                                                      pad_token="<pad>", chat_template="{{ messages }}")
-    with tempfile.TemporaryDirectory() as folder:
-        transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TINY_SHAPE)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as temp:
+        folder = pathlib.Path(temp, "policy")
+        mlerl.save_policy(folder, transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TINY_SHAPE)), tokenizer)
         learner = mlerl.Learner(cfg, folder)
         policy, value = (kind.from_pretrained(folder, dtype=torch.float32, **more) for kind, more in (
             (transformers.AutoModelForCausalLM, {}), (transformers.AutoModelForSequenceClassification, {"num_labels": 1})))
@@ -3643,22 +3645,23 @@ def beside_trl(lengths, micro, rounds, mini, prompt=64, T=200):
         A = mlerl.whiten(A, x.mask, ["t"] * n)
         stats = mlerl.update(learner, x, A, torch.ones(n), returns, cfg, 0)
         seconds["mlerl"].append(time.perf_counter() - begun)
-        losses.setdefault("mlerl", {k: stats[k] for k in ("policy_loss", "value_loss", "clip_fraction", "entropy")})
+        losses.setdefault("mlerl", {k: stats[k] for k in names})
 
     class Turn(transformers.TrainerCallback):
         begun = 0.0
 
         def on_log(self, args, state, control, logs=None, **_):
-            names = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "policy/entropy_avg")
-            if names[0] in logs:
-                losses.setdefault("TRL", dict(zip(("policy_loss", "value_loss", "clip_fraction", "entropy"), map(logs.get, names))))
+            if names["policy_loss"] in logs:
+                losses.setdefault("TRL", {k: logs[theirs] for k, theirs in names.items()})
 
         def on_step_end(self, *_, **__):
             seconds["TRL"].append(time.perf_counter() - Turn.begun)
             ours()
 
-    def places(prompts_of):
-        return [next(k for k in range(n) if torch.equal(ids[k, :prompt], row[:prompt])) for row in prompts_of]
+    place = {tuple(row): k for k, row in enumerate(ids[:, :prompt].tolist())}
+
+    def places(rows):  # looked up, since TRL's seconds run
+        return [place[tuple(row)] for row in rows[:, :prompt].tolist()]
 
     def recorded(model, queries, *_):  # instead of generation
         out = ids[places(queries)], logits[places(queries)]
