@@ -119,7 +119,7 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            sft_steps=400, sft_lr=2e-3, iterations=48, batch_size=64, mini_batch=32,
+            sft_steps=400, sft_lr=2e-3, iterations=48, batch_size=64, mini_batch=32, micro_batch=4,
             max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
             anneal_to=0.25, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
             entropy_coef=0.15, entropy_target=0.2, crowding=0.15, kl_coef=0.005, reward="bounded",
@@ -1335,8 +1335,7 @@ def supervised(lm, tokenizer, pairs, cfg):
         return nll, {"loss": nll}
     for _ in tqdm.trange(cfg.sft_steps, desc="supervised fine-tuning", leave=False, disable=None):
         chosen = rng.sample(data, min(cfg.mini_batch, len(data)))
-        mask = padded(chosen, "cpu")[2]
-        optimize(lm, optimizer, loss, chosen, mask, cfg, cfg.actor_grad_clip)
+        optimize(lm, optimizer, loss, chosen, padded(chosen, "cpu")[2], cfg, cfg.actor_grad_clip)
         schedule.step()
 
 def tiny_tokenizer(pairs):
@@ -1374,7 +1373,10 @@ def tiny_policy(cfg, D):
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id))
+        # No program runs yet; but threads that lack a core would make each other wait for long.
+        torch.set_num_threads(max(1, min(4, os.cpu_count()) - int(os.getloadavg()[0])))
         supervised(lm, tokenizer, pairs, cfg)
+        torch.set_num_threads(1)
         save_policy(folder, lm, tokenizer)
     return folder
 
