@@ -119,7 +119,7 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            sft_steps=400, sft_lr=2e-3, iterations=48, batch_size=64, mini_batch=32, micro_batch=4,
+            sft_steps=400, sft_lr=2e-3, iterations=42, batch_size=64, mini_batch=32, micro_batch=4,
             max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
             anneal_to=0.25, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
             entropy_coef=0.15, entropy_target=0.2, crowding=0.15, kl_coef=0.005, reward="bounded",
@@ -171,7 +171,7 @@ def train(cfg, D, learner, sampler, env, maker, run):
         sampled = time.monotonic()
         batch, lost = env.collect(B, i, keep, bar.update)                     # l. 5: B of s', R, dt
         executed = time.monotonic()
-        x = assemble(batch, learner, cfg)                                     # tokens, log-probs, V
+        x = assemble(batch, learner, cfg, i)                                  # tokens, log-probs, V
         r = shape_rewards(x.R, x.logp_old, x.logp_ref, x.mask, cfg.kl_coef)
         A, returns = gae(r, x.V, x.mask, cfg.gamma, cfg.lam)
         A = whiten(A, x.mask, [a.task for a in batch])                        # l. 6: A(s, a)
@@ -351,7 +351,6 @@ def lm_copies(attempts, sampler, lm):
         yield from ((a, copies.get(a.id, "")) for a in chunk)
 
 # §6 Execution (Alg. 1 l. 4-5) ---------------------------------------------------------------------
-#
 # Programs are hostile: in search of reward they find the answers if they can. The trainer, which
 # alone knows these, hands programs to workers. A worker, one a slot, forks one program at a time
 # behind these walls, watches it, kills all that it leaves, and empties its box:
@@ -674,8 +673,7 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
                        *self.choose(cfg, next(iter(public)), private)]
 
     def choose(self, cfg, task, private):
-        """Take the first walls that withstand PROBE, with forked interpreters if those work; says
-        in words what holds."""
+        """Take the first walls that withstand PROBE, forking if that works; says what holds."""
         file = self.stage / "file"
         answers = [str(p) for d in private for p in (d, *pathlib.Path(d).rglob("*"))]
         code = PROBE.format(answers=answers + [cfg.raw] * bool(cfg.raw), pid=os.getpid(),
@@ -935,11 +933,11 @@ def micro_batches(attempts, rows, size):
     rows = sorted(rows, key=lambda k: len(attempts[k].prompt_ids) + len(attempts[k].response_ids))
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
-def score_tokens(model, attempts, cfg, function=response_logprobs):
-    """`function` (log-probs or values) without gradient over all attempts: (B, T), mask (B, T)."""
+def score_tokens(model, attempts, cfg, function=response_logprobs, only=None):
+    """Log-probs or values (`function`), no gradient, of all rows or `only` these: (B, T), mask."""
     mask = padded(attempts, "cpu")[2]
-    out = torch.zeros(mask.shape)
-    for rows in micro_batches(attempts, range(len(attempts)), cfg.micro_batch):
+    out, wanted = torch.zeros(mask.shape), range(len(attempts)) if only is None else only
+    for rows in micro_batches(attempts, wanted, cfg.micro_batch):
         ids, attention, keep = padded([attempts[k] for k in rows], model.device)
         with torch.no_grad(), autocast(cfg, model.device):
             values = function(model, ids, attention, keep, cfg)
@@ -948,17 +946,19 @@ def score_tokens(model, attempts, cfg, function=response_logprobs):
     return out, mask
 
 # §9 Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3) -----------------------------------
-def assemble(attempts, learner, cfg):
-    """x, the tensors of an update, on the CPU, zero where masked: R (B,) rewards less crowding;
+def assemble(attempts, learner, cfg, i):
+    """x, the tensors of update i, on the CPU, zero where masked: R (B,) rewards less crowding;
     mask (B, T) bool, response tokens; (B, T) float32 each: logp_old of the behaviour policy, as
     sampled, logp_prox of the current one, logp_ref of the initial one, V, the critic's values."""
-    logp_prox, mask = score_tokens(learner.actor, attempts, cfg)
-    logp_old = torch.zeros_like(logp_prox)
+    stale = [k for k, a in enumerate(attempts) if a.version < i]  # else sampled by the current one
+    scored, mask = score_tokens(learner.actor, attempts, cfg, only=stale)
+    logp_old = torch.zeros_like(scored)
     logp_old[mask] = torch.tensor([p for a in attempts for p in a.logp])
     return types.SimpleNamespace(
         attempts=attempts, mask=mask, logp_old=logp_old,
+        logp_prox=logp_old.index_copy(0, torch.tensor(stale).long(), scored[stale]),
         R=torch.tensor([a.R for a in attempts]) - cfg.crowding * crowding(attempts),
-        logp_prox=logp_prox, logp_ref=score_tokens(learner.ref, attempts, cfg)[0],
+        logp_ref=score_tokens(learner.ref, attempts, cfg)[0],
         V=score_tokens(learner.critic, attempts, cfg, response_values)[0])
 
 def crowding(attempts):

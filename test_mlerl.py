@@ -713,7 +713,7 @@ def test_only_the_tokenizers_end_token_ends_a_response(learner):
 def update_inputs(learner, cfg, n=8):
     """A batch whose clips bind: proximal log-probs and old values are moved away."""
     attempts = random_attempts(n)
-    x = mlerl.assemble(attempts, learner, cfg)
+    x = mlerl.assemble(attempts, learner, cfg, 0)
     torch.manual_seed(5)
     x.logp_prox = (x.logp_prox + 0.4 * torch.randn(x.mask.shape)) * x.mask
     x.logp_old = (x.logp_prox + 0.6 * torch.randn(x.mask.shape)) * x.mask
@@ -850,15 +850,20 @@ def test_actor_waits_for_the_critic_and_for_rewards_that_vary(learner):
     assert still(step(learner, x, A, w, G, cfg, i=2)[1])
 
 
-def test_assemble_scores_with_actor_reference_and_critic(learner):
+def test_assemble_scores_with_actor_where_stale_reference_and_critic(learner):
     attempts, cfg = random_attempts(5), config()
     with torch.no_grad():
         learner.actor.model.norm.weight *= 1.5  # actor and reference differ
-    x = mlerl.assemble(attempts, learner, cfg)
+    for k, a in enumerate(attempts):
+        a.version = k
+    x = mlerl.assemble(attempts, learner, cfg, 3)
     for k, a in enumerate(attempts):
         n = len(a.response_ids)
         assert x.logp_old[k, :n].tolist() == pytest.approx(a.logp)
-        assert torch.allclose(x.logp_prox[k, :n], slow_logprobs(learner.actor, a, 0.7)[0], atol=1e-4)
+        stale = k < 3  # what update 3's own policy sampled, it need not score again
+        current = slow_logprobs(learner.actor, a, 0.7)[0] if stale else torch.tensor(a.logp)
+        assert torch.allclose(x.logp_prox[k, :n], current, atol=1e-4)
+        assert not x.logp_prox[k, n:].any()
         assert torch.allclose(x.logp_ref[k, :n], slow_logprobs(learner.ref, a, 0.7)[0], atol=1e-4)
         assert torch.allclose(x.V[k, :n], slow_values(learner.critic, a), atol=1e-4)
     assert x.R.tolist() == pytest.approx([a.R for a in attempts])
@@ -870,7 +875,7 @@ def test_crowding_costs_valid_programs_their_share_of_the_tasks_batch(learner):
         a.code, a.task, a.outcome = code, "t" if k < 6 else "u", "ok" if k not in (2, 9) else "crash"
     shares = [2 / 6, 2 / 6, 0, 2 / 6, 2 / 6, 1 / 6, 3 / 4, 3 / 4, 3 / 4, 0]  # by hand
     assert mlerl.crowding(attempts).tolist() == pytest.approx(shares)
-    x = mlerl.assemble(attempts, learner, config(crowding=0.3))
+    x = mlerl.assemble(attempts, learner, config(crowding=0.3), 0)
     assert x.R.tolist() == pytest.approx([a.R - 0.3 * share for a, share in zip(attempts, shares)])
     assert mlerl.Config().crowding == 0  # the paper has none
 
@@ -3600,10 +3605,9 @@ TINY_SHAPE = dict(vocab_size=1300, hidden_size=128, intermediate_size=336, num_h
 
 def beside_trl(lengths, micro, rounds, mini, prompt=64, T=200):
     """Seconds of PPO updates without generation by TRL's PPOTrainer and by ours, in turn, and the losses of the
-    first one: {name: list}, {name: dict}. Same models, tokens, old log-probs, scores, mini- and micro-batches, one
-    epoch, one thread; learning rates 0. TRL pads to T and leaves its reward model out here; we always score the
-    tokens with the current policy, too, as a stale batch needs it. TRL counts the place behind a short response as a
-    token, so that losses agree at full length only."""
+    first one: {name: list}, {name: dict}. Same models, fresh samples, old log-probs, scores, mini- and micro-batches,
+    one epoch, one thread; learning rates 0. TRL pads to T and leaves its reward model out here. TRL counts the place
+    behind a short response as a token, so that losses agree at full length only."""
     import datasets
     import tokenizers
     import trl.experimental.ppo.ppo_trainer as ppo
@@ -3634,12 +3638,11 @@ def beside_trl(lengths, micro, rounds, mini, prompt=64, T=200):
         logits = learner.ref(ids, attention_mask=(ids != 1).long()).logits[:, prompt - 1:-1] / cfg.temperature
     logp = logits.log_softmax(-1).gather(-1, ids[:, prompt:, None])[..., 0]
     attempts = [mlerl.Attempt("t", "solve", row[:prompt].tolist(), response_ids=row[prompt:prompt + m].tolist(),
-                              logp=old[:m].tolist(), R=float(R)) for row, m, old, R in zip(ids, lengths, logp, scores)]
+                              version=0, logp=old[:m].tolist(), R=float(R)) for row, m, old, R in zip(ids, lengths, logp, scores)]
 
     def ours():
         begun = time.perf_counter()
-        x = mlerl.assemble(attempts, learner, cfg)
-        x.logp_prox = x.logp_old  # as TRL has it
+        x = mlerl.assemble(attempts, learner, cfg, 0)
         r = mlerl.shape_rewards(x.R, x.logp_old, x.logp_ref, x.mask, cfg.kl_coef)
         A, returns = mlerl.gae(r, x.V, x.mask, cfg.gamma, cfg.lam)
         A = mlerl.whiten(A, x.mask, ["t"] * n)
