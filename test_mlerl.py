@@ -3700,10 +3700,12 @@ def bench_update():
     rng = np.random.default_rng(0)
     natural = np.clip(rng.lognormal(np.log(48), 0.32, 128), 8, 200).astype(int)  # as the untrained tiny policy writes
     natural[0] = 200
-    for name, lengths in (("natural lengths", natural), ("full length", np.full(128, 200))):
-        seconds, _ = beside_trl(lengths.tolist(), micro=8, mini=32, rounds=4)
+    for name, lengths, micro in (("natural lengths", natural, 4), ("natural lengths", natural, 8),
+                                 ("full length", np.full(128, 200), 4)):
+        seconds, _ = beside_trl(lengths.tolist(), micro=micro, mini=32, rounds=4)
         ours, trl = (sorted(seconds[who][1:])[1] for who in ("mlerl", "TRL"))  # the first one warms up
-        print(f"PPO update, 128 x (64 + {name}, mean {lengths.mean():.0f}): TRL {trl:.2f} s, mlerl {ours:.2f} s, ratio {trl / ours:.2f}")
+        print(f"PPO update, 128 x (64 + {name}, mean {lengths.mean():.0f}), micro-batches of {micro}: TRL {trl:.2f} s, "
+              f"mlerl {ours:.2f} s, ratio {trl / ours:.2f}", flush=True)
 
 
 def bench(seconds):
@@ -3767,6 +3769,31 @@ def bench(seconds):
     print(f"\nidle share of 2 workers under carry, B = {B}, m = {m}, 0.1 to 10 s: {1 - busy / (2 * spent):.1%}")
     world.close()
     bench_update()
+
+
+def collectors(iterations):
+    """What the learner sees of slow programs (3 in 10 of those sampled, 20 times longer), by collector: share of the
+    batch, share of the weights of Eq. 3, mean staleness in updates. All m * B run at once; real executions."""
+    B, rng = 8, random.Random(0)
+    with tempfile.TemporaryDirectory() as data:
+        D = [grade.open_task("random-acts-of-pizza", data, None, 0.0, 0)]
+        env = mlerl.Environment(mlerl.Config(workers=2 * B, instrument="none"), {task["name"]: task for task in D})
+        print(f"{'collector':24}{'slow share':>12}{'of weights':>12}{'staleness':>12}")
+        for collect, m in (("wait", 1), ("first", 1.25), ("first", 2), ("carry", 2)):
+            slow, weights, stale = [], [], []
+            for i in range(iterations):
+                env.submit([mlerl.Attempt(
+                    D[0]["name"], "solve", [], version=i, plan="Wait.",
+                    code=f"import time\ntime.sleep({2.0 if rng.random() < 0.3 else 0.1})")
+                    for _ in range(round(m * B) - len(env.running))])
+                batch, _ = env.collect(B, i, keep=collect != "first")
+                stale += [i - a.version for a in batch]
+                slow += [a.dt > 1 for a in batch]
+                weights += mlerl.duration_weights([a.dt for a in batch], env.cfg).tolist()
+            env.cancel()
+            mass = sum(w for w, long in zip(weights, slow) if long) / sum(weights)
+            print(f"{collect}, m = {m:<13}{np.mean(slow):12.2f}{mass:12.2f}{np.mean(stale):12.2f}", flush=True)
+        env.pool.close()
 
 
 SOAK = [  # two in three mean no harm
@@ -3865,5 +3892,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["bench"]:
     bench(float(sys.argv[2]) if len(sys.argv) > 2 else 10.0)
 if __name__ == "__main__" and sys.argv[1:2] == ["soak"]:
     soak(int(sys.argv[2]) if len(sys.argv) > 2 else 10000)
+if __name__ == "__main__" and sys.argv[1:2] == ["collectors"]:
+    collectors(int(sys.argv[2]) if len(sys.argv) > 2 else 60)
 if __name__ == "__main__" and sys.argv[1:2] == ["prepare"]:
     prepare_full_size(sys.argv[2])
