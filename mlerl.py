@@ -119,7 +119,7 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            sft_steps=400, sft_lr=2e-3, iterations=40, batch_size=64, mini_batch=32, micro_batch=4,
+            sft_steps=400, sft_lr=2e-3, iterations=34, batch_size=64, mini_batch=32, micro_batch=4,
             max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
             anneal_to=0.25, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=3,
             entropy_coef=0.15, entropy_target=0.2, crowding=0.15, kl_coef=0.005, reward="bounded",
@@ -174,7 +174,7 @@ def train(cfg, D, learner, sampler, env, maker, run):
         x = assemble(batch, learner, cfg, i)                                  # tokens, log-probs, V
         r = shape_rewards(x.R, x.logp_old, x.logp_ref, x.mask, cfg.kl_coef)
         A, returns = gae(r, x.V, x.mask, cfg.gamma, cfg.lam)
-        A = whiten(A, x.mask, [a.task for a in batch])                        # l. 6: A(s, a)
+        A = whiten(A, x.mask, [a.task for a in batch], x.R)                   # l. 6: A(s, a)
         w = duration_weights([a.dt for a in batch], cfg)                      # l. 6: Eq. 3
         stats = update(learner, x, A, w, returns, cfg, i)                     # l. 7
         D_prev = [a for a in batch if a.valid]                                # l. 8: a new buffer
@@ -250,7 +250,6 @@ class HFSampler:
     def sample(self, attempts, lm, version):
         """Fill response_ids, logp, version, plan and code of each attempt and yield it."""
         lm.generation_config = transformers.GenerationConfig()  # a checkpoint's would fill gaps
-        attempts = sorted(attempts, key=lambda a: len(a.prompt_ids))  # less padding
         for k in range(0, len(attempts), self.cfg.sample_batch):
             chunk = attempts[k:k + self.cfg.sample_batch]
             ids, attention, _ = padded(chunk, lm.device, self.eos)
@@ -859,14 +858,14 @@ class Learner:
         self.actor, self.tokenizer = load_policy(folder)
         config = transformers.AutoConfig.from_pretrained(folder, num_labels=1)
         config.classifier_dropout = 0.0  # its default, 0.1, would make values random
-        self.critic = transformers.AutoModelForTokenClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32).to(self.actor.device)
-        torch.nn.init.normal_(self.critic.score.weight, std=cfg.critic_init_std)
-        torch.nn.init.zeros_(self.critic.score.bias)
+        with grade.blame(UserError, f"{folder} can't be a critic: take a Qwen, Llama, Mistral ..."):
+            self.critic = transformers.AutoModelForTokenClassification.from_pretrained(
+                folder, config=config, dtype=torch.float32).to(self.actor.device)
+            torch.nn.init.normal_(self.critic.score.weight, std=cfg.critic_init_std)
+            torch.nn.init.zeros_(self.critic.score.bias)
         self.ref = copy.deepcopy(self.actor).to(getattr(torch, cfg.dtype)).requires_grad_(False)
-        for model in (self.actor, self.critic):
-            if cfg.gradient_checkpointing:  # in train mode only, which `optimize` sets
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+        for model in (self.actor, self.critic) if cfg.gradient_checkpointing else ():
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # where `optimize` trains
         self.actor_opt, self.critic_opt = (torch.optim.AdamW(
             model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay,
             fused=model.device.type == "cuda") for model, lr in (
@@ -990,13 +989,15 @@ def gae(r, V, mask, gamma, lam):
         A[:, t] = A_next
     return A, (A + V) * mask
 
-def whiten(A, mask, tasks):
-    """Advantages with mean 0 and variance 1 over all valid tokens of each task's rows: (B, T)."""
+def whiten(A, mask, tasks, R):
+    """Advantages with mean 0 and variance 1 over all valid tokens of each task's rows: (B, T).
+    CHOICE: 0 for a task whose rewards R (B,) do not vary: else mere noise of the critic grows."""
     out = torch.zeros_like(A)
     for task in set(tasks):
-        rows = torch.tensor([t == task for t in tasks])[:, None] & mask       # (B, T)
-        values = A[rows]
-        out[rows] = (values - values.mean()) * torch.rsqrt(values.var(correction=0) + 1e-8)
+        mine = torch.tensor([t == task for t in tasks])                       # (B,)
+        rows = mine[:, None] & mask                                           # (B, T)
+        values, varied = A[rows], R[mine].max() > R[mine].min()
+        out[rows] = varied * (values - values.mean()) * (values.var(correction=0) + 1e-8).rsqrt()
     return out
 
 def duration_weights(dt, cfg):
@@ -1021,8 +1022,8 @@ def token_weights(mask, loss_agg):
 def policy_loss(logp, logp_prox, logp_old, A, w, cfg):
     """Clipped surrogate (Schulman et al. 2017, Eq. 7) of Eq. 2, weighted by duration (Eq. 3).
     rho = pi / pi_prox, L = w min(C, pi_prox / pi_old) max(-A rho, -A clip(rho, 1-eps, 1+eps)).
-    For fresh samples pi_prox = pi_old and this is plain PPO; stale ones are corrected by the
-    truncated weight (decoupled objective, Hilton et al. 2022). logp*, A: (b, T); w: (b,).
+    For fresh samples pi_prox = pi_old and this is plain PPO; stale ones are partly corrected, by a
+    truncated weight a token (decoupled objective: Hilton et al. 2022). logp*, A: (b, T); w: (b,).
     Returns the loss and whether it is clipped, both (b, T)."""
     rho = (logp - logp_prox).exp()                                            # (b, T)
     is_weight = (logp_prox - logp_old).exp().clamp(max=cfg.max_is_weight)     # (b, T)
@@ -1036,9 +1037,8 @@ def value_loss(V, V_old, returns, cfg):
 
 # §10 Update (Alg. 1 l. 7) -------------------------------------------------------------------------
 def update(learner, x, A, w, returns, cfg, i):
-    """PPO epochs over the batch, critic then actor (Table 3). Returns statistics, batch means.
-    The actor is left alone while the critic warms up and where rewards do not vary: whitening
-    would blow up mere noise of the critic (CHOICE)."""
+    """PPO epochs over the batch, critic then actor (Table 3). Returns means over optimizer steps.
+    The actor is left alone while the critic warms up and where no advantage is left (CHOICE)."""
     left = 1 - (1 - cfg.anneal_to) * i / max(1, cfg.iterations)  # linear
     def critic_loss(rows, ids, attention, mask, c):
         V = response_values(learner.critic, ids, attention, mask, cfg)        # (b, T)
@@ -1049,11 +1049,11 @@ def update(learner, x, A, w, returns, cfg, i):
         prox, old = like(logp, x.logp_prox, rows), like(logp, x.logp_old, rows)
         loss, clipped = policy_loss(logp, prox, old, like(logp, A, rows),
                                     w[rows].to(logp.device), cfg)             # (b, T)
-        bonus = (c * entropy).sum()
-        below = bonus < left * cfg.entropy_target * c.sum()
-        total = (c * loss).sum() - cfg.entropy_coef * bonus * below
+        H = (c * entropy).sum(1)                                              # (b,)
+        below = H < left * cfg.entropy_target * c.sum(1)  # of each sequence, a token's mean
+        total = (c * loss).sum() - cfg.entropy_coef * (H * below).sum()
         k3 = (logp - prox).exp() - 1 - (logp - prox)                          # Schulman's k3
-        return total, {"policy_loss": (c * loss).sum(), "entropy": bonus,
+        return total, {"policy_loss": (c * loss).sum(), "entropy": H.sum(),
                        "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
     learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left
     learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left
@@ -1061,7 +1061,7 @@ def update(learner, x, A, w, returns, cfg, i):
     critic = optimize(learner.critic, learner.critic_opt, critic_loss, x.attempts, x.mask, cfg,
                       cfg.critic_grad_clip)
     stats |= dict(value_loss=critic["value_loss"], critic_grad_norm=critic["grad_norm"])
-    if i >= cfg.critic_warmup and x.R.std() > 0:
+    if i >= cfg.critic_warmup and A.any():
         stats |= optimize(learner.actor, learner.actor_opt, actor_loss, x.attempts, x.mask, cfg,
                           cfg.actor_grad_clip, cfg.target_kl)
     return stats
@@ -1293,7 +1293,6 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
 def plot(folder):
     """Draw figures/training.png from metrics.jsonl, config.json and evaluation.json alone."""
     import matplotlib.pyplot
-    matplotlib.use("Agg")
     path = folder / "evaluation.json"
     with grade.blame(UserError, f"{folder}/metrics.jsonl has nothing to draw yet, or is damaged"):
         text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # the rest is half a line
@@ -1419,11 +1418,12 @@ def parse(argv):
         raise UserError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}")
     if (cfg.mode == "run") != bool(cfg.program) or cfg.program and re.search("^all$|,", cfg.task):
         raise UserError("--mode run and --program FILE go together, with one --task: see --help")
+    name = f"runs/{cfg.task.replace(',', '+')}-{preset}-s{cfg.seed}"
+    cfg = dataclasses.replace(cfg, run=cfg.run or name)
     if cfg.mode in ("plot", "evaluate") and not os.path.exists(
             cfg.policy or f"{cfg.run}/metrics.jsonl"):
         raise UserError(f"--mode {cfg.mode} needs --run with a run's folder, not {cfg.run!r}")
-    name = f"runs/{cfg.task.replace(',', '+')}-{preset}-s{cfg.seed}"
-    return dataclasses.replace(cfg, run=cfg.run or name)
+    return cfg
 
 def run_program(cfg, D):
     """--mode run: one program exactly as in training; prints one JSON object."""

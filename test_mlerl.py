@@ -441,7 +441,7 @@ def test_whitening_has_mean_0_and_variance_1_over_valid_tokens_of_each_task():
     mask, tasks = ragged_mask(60, 20), ["a", "b", "b"] * 20
     A = torch.randn(60, 20) * 5 + 3
     A[[t == "b" for t in tasks]] *= 100
-    out = mlerl.whiten(A, mask, tasks)
+    out = mlerl.whiten(A, mask, tasks, torch.randn(60))
     for task in "ab":
         rows = [k for k, t in enumerate(tasks) if t == task]
         values = [float(out[k, t]) for k in rows for t in range(20) if mask[k, t]]
@@ -456,15 +456,24 @@ def test_whitening_never_looks_at_masked_entries_and_keeps_the_input():
     A = torch.randn(10, 8)
     before = A.clone()
     junk = torch.where(mask, A, torch.full_like(A, 1e6))
-    assert torch.equal(mlerl.whiten(A, mask, ["a"] * 10), mlerl.whiten(junk, mask, ["a"] * 10))
+    whitened = [mlerl.whiten(values, mask, ["a"] * 10, torch.arange(10)) for values in (A, junk)]
+    assert torch.equal(*whitened) and whitened[0].any()
     assert torch.equal(A, before)
 
 
-@pytest.mark.parametrize("values", [[[2.0]], [[2.0, 2.0, 2.0]]])
+@pytest.mark.parametrize("values", [[[2.0], [2.0]], [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]])
 def test_whitening_of_values_without_spread_is_finite(values):
     A = torch.tensor(values)
-    out = mlerl.whiten(A, torch.ones_like(A).bool(), ["a"])
+    out = mlerl.whiten(A, torch.ones_like(A).bool(), ["a", "a"], torch.tensor([0.0, 1.0]))
     assert torch.isfinite(out).all() and out.abs().max() < 1e-3
+
+
+def test_whitening_leaves_out_a_task_whose_rewards_do_not_vary():
+    A, mask, tasks = torch.randn(6, 4), ragged_mask(6, 4), ["a", "b"] * 3
+    out = mlerl.whiten(A, mask, tasks, torch.tensor([-10.0, -10.0, -10.0, 0.5, -10.0, 0.6]))
+    assert not out[::2].any() and out[1::2].any()
+    alone = mlerl.whiten(A[1::2], mask[1::2], tasks[1::2], torch.arange(3))
+    assert torch.equal(out[1::2], alone)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -610,6 +619,13 @@ def test_micro_batches_hold_every_row_once():
     assert sorted(k for g in groups for k in g) == rows and max(map(len, groups)) == 3
 
 
+def test_a_model_without_a_critics_head_is_refused_in_a_line(policy, tmp_path):
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=300)).save_pretrained(tmp_path)
+    mlerl.load_policy(policy)[1].save_pretrained(tmp_path)
+    with pytest.raises(mlerl.UserError, match="critic"):
+        mlerl.Learner(config(), tmp_path)
+
+
 def test_critic_starts_from_the_actors_checkpoint_with_its_own_head(policy):
     learner = mlerl.Learner(config(), policy)
     actor, critic = learner.actor.model.state_dict(), learner.critic.base_model.state_dict()
@@ -701,6 +717,13 @@ def test_ignore_eos_goes_on_to_the_full_length(learner):
         assert a.logp == pytest.approx(slow_logprobs(learner.actor, a, 0.7)[0].tolist(), abs=1e-4)
 
 
+def test_attempts_are_written_in_the_order_in_which_they_were_drawn(learner):
+    """By length, `--collect first` would kill the long prompts' programs before they began."""
+    drawn = [[5, 6, 7] * 4, [5], [5, 6] * 3, [6], [7, 8, 9, 10]]
+    done = sampled(learner, config(max_response_tokens=3, sample_batch=2), drawn)
+    assert [a.prompt_ids for a in done] == drawn
+
+
 def test_only_the_tokenizers_end_token_ends_a_response(learner):
     learner.actor.generation_config.eos_token_id = list(range(learner.actor.config.vocab_size))
     done = sampled(learner, config(max_response_tokens=6), [[5, 6]] * 20)
@@ -777,15 +800,17 @@ def test_update_takes_the_gradient_of_the_loss_whatever_the_micro_batch(learner,
 
 
 @pytest.mark.parametrize("i, left", [(0, 1.0), (5, 0.6)])
-@pytest.mark.parametrize("factor, coef", [(1.01, 0.1), (0.99, 0.0)])
-def test_above_its_falling_target_entropy_earns_no_bonus(learner, factor, coef, i, left):
-    cfg = config(batch_size=8, mini_batch=8, micro_batch=8, iterations=10, anneal_to=0.2, **FREE)
+@pytest.mark.parametrize("loss_agg, micro", [("seq", 8), ("seq", 3), ("token", 1)])
+def test_above_its_falling_target_a_sequences_entropy_earns_no_bonus(learner, loss_agg, micro, i, left):
+    cfg = config(batch_size=8, mini_batch=8, micro_batch=micro, iterations=10, anneal_to=0.2, loss_agg=loss_agg, **FREE)
     x, A, w, G = update_inputs(learner, cfg)
-    mean = slow_update_losses(learner, x, A, w, G, cfg)[2]["entropy"]
-    oracle = slow_update_losses(learner, x, A, w, G, dataclasses.replace(cfg, entropy_coef=coef))[0]
-    oracle = grads(oracle, learner.actor)
-    cfg = dataclasses.replace(cfg, entropy_target=factor * mean / left)
-    _, actor, _ = step(learner, x, A, w, G, cfg, i)
+    entropies = [slow_logprobs(learner.actor, a, cfg.temperature)[1] for a in x.attempts]
+    target = sum(sorted(float(e.mean()) for e in entropies)[3:5]) / 2  # four are below it
+    n = sum(map(len, entropies))
+    bonus = sum(e.sum() / n if loss_agg == "token" else e.mean() / 8 for e in entropies if e.mean() < target)
+    plain = slow_update_losses(learner, x, A, w, G, dataclasses.replace(cfg, entropy_coef=0.0))[0]
+    oracle = grads(plain - cfg.entropy_coef * bonus, learner.actor)
+    _, actor, _ = step(learner, x, A, w, G, dataclasses.replace(cfg, entropy_target=target / left), i)
     close({name: moved / left for name, moved in actor.items()}, oracle, 1e-4)  # so does lr
 
 
@@ -839,14 +864,14 @@ def test_epochs_mini_batches_and_target_kl(learner, changes, critic_steps, actor
     assert (learner.critic_opt.steps, learner.actor_opt.steps) == (critic_steps, actor_steps)
 
 
-def test_actor_waits_for_the_critic_and_for_rewards_that_vary(learner):
+def test_actor_waits_for_the_critic_and_for_an_advantage(learner):
     cfg = config(batch_size=8, mini_batch=8, critic_warmup=2)
     x, A, w, G = update_inputs(learner, cfg)
     still = lambda moved: all((v == 0).all() for v in moved.values())
     _, actor, critic = step(learner, x, A, w, G, cfg, i=1)
     assert still(actor) and not still(critic)
     assert not still(step(learner, x, A, w, G, cfg, i=2)[1])
-    x.R = torch.full_like(x.R, -10.0)
+    A = mlerl.whiten(A, x.mask, ["t"] * 8, torch.full((8,), -10.0))  # rewards that do not vary
     assert still(step(learner, x, A, w, G, cfg, i=2)[1])
 
 
@@ -2152,6 +2177,16 @@ WRONG_COMBINATIONS = [
     (dict(mode="run"), "program"), (dict(program="p.py"), "program"), (dict(mode="run", task="all"), "program"),
     (dict(mode="run", program="p.py", task=f"{TASK},{TASK}"), "one"),
     (dict(mode="evaluate", run="nowhere"), "run"), (dict(mode="plot", run="nowhere"), "run")]
+
+
+def test_mode_evaluate_finds_the_run_folder_by_its_other_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", TASK, "--preset", "tiny", "--seed", "7", "--mode", "evaluate"]
+    with pytest.raises(mlerl.UserError):
+        mlerl.parse(flags)
+    (tmp_path / "runs" / f"{TASK}-tiny-s7").mkdir(parents=True)
+    (tmp_path / "runs" / f"{TASK}-tiny-s7" / "metrics.jsonl").touch()
+    assert mlerl.parse(flags).run == f"runs/{TASK}-tiny-s7"
 
 
 def name_of(value):
@@ -3645,7 +3680,7 @@ def beside_trl(lengths, micro, rounds, mini, prompt=64, T=200):
         x = mlerl.assemble(attempts, learner, cfg, 0)
         r = mlerl.shape_rewards(x.R, x.logp_old, x.logp_ref, x.mask, cfg.kl_coef)
         A, returns = mlerl.gae(r, x.V, x.mask, cfg.gamma, cfg.lam)
-        A = mlerl.whiten(A, x.mask, ["t"] * n)
+        A = mlerl.whiten(A, x.mask, ["t"] * n, x.R)
         stats = mlerl.update(learner, x, A, torch.ones(n), returns, cfg, 0)
         seconds["mlerl"].append(time.perf_counter() - begun)
         losses.setdefault("mlerl", {k: stats[k] for k in names})
