@@ -3928,6 +3928,6 @@ if __name__ == "__main__" and sys.argv[1:2] == ["bench"]:
 if __name__ == "__main__" and sys.argv[1:2] == ["soak"]:
     soak(int(sys.argv[2]) if len(sys.argv) > 2 else 10000)
 if __name__ == "__main__" and sys.argv[1:2] == ["collectors"]:
-    collectors(int(sys.argv[2]) if len(sys.argv) > 2 else 60)
+    collectors(int(sys.argv[2]) if len(sys.argv) > 2 else 40)
 if __name__ == "__main__" and sys.argv[1:2] == ["prepare"]:
     prepare_full_size(sys.argv[2])
