@@ -359,6 +359,7 @@ def lm_copies(attempts, sampler, lm):
 #   Landlock    a list of folders that may be read or written; no TCP, signals or tracing outward
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
          [])  # best first; the last only with --unsafe-exec
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 LOOK, MAX_FILES, MAX_SUBMISSION, FLOOD = 0.2, 20000, 100 << 20, 64 << 20  # s, files, bytes
 PRELOAD = """pandas sklearn.compose sklearn.decomposition sklearn.ensemble sklearn.linear_model
     sklearn.feature_extraction.text sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
@@ -647,9 +648,8 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
     a copy; private: folders they must not see. `report` says in words what was found to hold.
     Raises UserError where the answers or the trainer cannot be protected, unless unsafe_exec."""
     def __init__(self, cfg, public, private, secret):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        super().__init__(count := cfg.workers or cores)
-        threads = str(cfg.threads or max(1, cores // count))
+        super().__init__(count := cfg.workers or CORES)
+        threads = str(cfg.threads or max(1, CORES // count))
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
         self.env = kept | {f"{name}_NUM_THREADS": threads for name in ("OMP", "OPENBLAS", "MKL")}
         self.env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
@@ -860,9 +860,9 @@ class Learner:
         config.classifier_dropout = 0.0  # its default, 0.1, would make values random
         with grade.blame(UserError, f"{folder} can't be a critic: take a Qwen, Llama, Mistral ..."):
             self.critic = transformers.AutoModelForTokenClassification.from_pretrained(
-                folder, config=config, dtype=torch.float32).to(self.actor.device)
+                folder, config=config, dtype=torch.float32)  # its head's bias is 0
             torch.nn.init.normal_(self.critic.score.weight, std=cfg.critic_init_std)
-            torch.nn.init.zeros_(self.critic.score.bias)
+        self.critic.to(self.actor.device)  # too little memory is another matter
         self.ref = copy.deepcopy(self.actor).to(getattr(torch, cfg.dtype)).requires_grad_(False)
         for model in (self.actor, self.critic) if cfg.gradient_checkpointing else ():
             model.gradient_checkpointing_enable({"use_reentrant": False})  # where `optimize` trains
@@ -1293,6 +1293,7 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
 def plot(folder):
     """Draw figures/training.png from metrics.jsonl, config.json and evaluation.json alone."""
     import matplotlib.pyplot
+    matplotlib.use("Agg")
     path = folder / "evaluation.json"
     with grade.blame(UserError, f"{folder}/metrics.jsonl has nothing to draw yet, or is damaged"):
         text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # the rest is half a line
@@ -1306,8 +1307,7 @@ def plot(folder):
             ("Mean task score, -10 if invalid (Fig. 9, 10)", "task_score_mean", "score_mean"),
             ("Mean score of valid programs", "valid_score_mean", "valid_score_mean"),
             ("Share of valid programs", "valid_share", "valid_share"),
-            ("Sources of the reward's variance", "variance_valid variance_markers variance_score",
-             ""))):
+            ("Sources of reward variance", "variance_valid variance_markers variance_score", ""))):
         x = "hours" if names == "best_score" else "iteration"
         table.plot(x=x, y=names.split(), ax=axis, title=title, grid=True)
         if untrained.get(before) is not None:
@@ -1372,10 +1372,10 @@ def tiny_policy(cfg, D):
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id))
-        # No program runs yet; but threads that lack a core would make each other wait for long.
-        torch.set_num_threads(max(1, min(4, os.cpu_count()) - int(os.getloadavg()[0])))
+        threads = torch.get_num_threads()  # more are of use while no program runs, if cores idle
+        torch.set_num_threads(max(1, min(4, CORES) - int(os.getloadavg()[0])))
         supervised(lm, tokenizer, pairs, cfg)
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         save_policy(folder, lm, tokenizer)
     return folder
 
