@@ -57,10 +57,10 @@ class Config:
     program: str = ""  # --mode run: the Python file to execute
     seed: Index = 0  # seed of everything random
     model: str = "Qwen/Qwen2.5-3B-Instruct"  # name or folder, or "tiny" (Table 3)
+    sampler: Literal["hf", "vllm"] = "hf"  # who writes responses: transformers, or vLLM (a GPU)
+    kv_cache_gb: Positive = 16.0  # GiB that vLLM has for keys and values (CHOICE)
     policy: str = ""  # a trained policy's folder to evaluate or train on, of the same preset
-    sft: str = ""  # supervised fine-tuning first: JSON lines with "prompt" and "response"
-    sft_steps: Count = 300  # steps of supervised fine-tuning (CHOICE: the paper has none)
-    sft_lr: Size = 1e-5  # learning rate of supervised fine-tuning, cosine to 0 (CHOICE)
+    sft_steps: Count = 400  # supervised steps of the tiny policy (CHOICE: the paper has none)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the forward pass (Table 3)
     gradient_checkpointing: bool = True  # trade time for memory (Table 3)
     iterations: Index = 100  # N; "total_epochs" (Table 3)
@@ -82,7 +82,7 @@ class Config:
     drop_leaks: bool = False  # hide columns known to give the label away (tasks.json)
     report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
     lr: Size = 1e-5  # actor (Table 3)
-    anneal_to: Share = 1.0  # share of both lr and entropy_target left at iteration N (1: Table 3)
+    anneal_to: Share = 1.0  # share of lr, crowding, entropy_target left at iteration N (1: Table 3)
     critic_lr: Size = 1e-5  # critic (Table 3)
     critic_init_std: Size = 0.02  # of the critic's new head
     critic_warmup: Index = 0  # first iterations that update the critic only (CHOICE)
@@ -102,7 +102,6 @@ class Config:
     gamma: Share = 1.0  # discount (Table 3)
     lam: Share = 1.0  # GAE's lambda (Table 3)
     loss_agg: Literal["seq", "token"] = "seq"  # mean over sequences of token means, or over tokens
-    target_kl: Size = 0.0  # stop an update's epochs once its mean KL passes this; 0: never
     workers: Index = 0  # programs at once; 0: one a core
     timeout: Positive = 600.0  # wall seconds a program (CHOICE)
     cpu_limit: Positive = 1200.0  # CPU seconds a program (CHOICE)
@@ -119,11 +118,11 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            sft_steps=400, sft_lr=2e-3, iterations=46, batch_size=64, mini_batch=32, micro_batch=4,
-            max_prompt_tokens=384, max_response_tokens=256, instrument="ast", lr=2e-4,
+            iterations=48, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
+            max_response_tokens=256, instrument="ast", reward="bounded", duration="none", lr=2e-4,
             anneal_to=0.25, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-            entropy_coef=0.15, entropy_target=0.2, crowding=0.15, kl_coef=0.005, reward="bounded",
-            timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64, duration="none")
+            entropy_coef=0.15, entropy_target=0.2, crowding=0.15, kl_coef=0.005, timeout=20.0,
+            cpu_limit=15.0, memory_gb=2.0, disk_mb=64, kv_cache_gb=0.5)
 
 @dataclasses.dataclass
 class Attempt:
@@ -239,9 +238,10 @@ def draw_prompts(D, D_prev, n, maker, run, p_improve):
 
 # §4 Sampling (Alg. 1 l. 3) ------------------------------------------------------------------------
 class HFSampler:
-    """A sampler's one method yields attempts as they are written: their programs run already."""
+    """`sample` yields attempts as they are written: their programs run already."""
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.eos = cfg, tokenizer, tokenizer.eos_token_id
+        self.at_once = cfg.sample_batch  # attempts that are written together
         self.generation = transformers.GenerationConfig(
             do_sample=True, temperature=cfg.temperature, top_k=max(0, cfg.top_k), top_p=cfg.top_p,
             repetition_penalty=1.0, max_new_tokens=cfg.max_response_tokens, pad_token_id=self.eos,
@@ -249,6 +249,13 @@ class HFSampler:
 
     def sample(self, attempts, lm, version):
         """Fill response_ids, logp, version, plan and code of each attempt and yield it."""
+        for a in self.write(attempts, lm):
+            text = self.tokenizer.decode(a.response_ids, skip_special_tokens=True)
+            a.version, (a.plan, a.code) = version, parse_response(text)
+            yield a
+
+    def write(self, attempts, lm):
+        """Yield the attempts with response_ids and logp."""
         lm.generation_config = transformers.GenerationConfig()  # a checkpoint's would fill gaps
         for k in range(0, len(attempts), self.cfg.sample_batch):
             chunk = attempts[k:k + self.cfg.sample_batch]
@@ -258,12 +265,50 @@ class HFSampler:
             for a, row in zip(chunk, out[:, ids.shape[1]:].tolist()):
                 stop = self.eos in row and not self.cfg.ignore_eos
                 a.response_ids = row[:row.index(self.eos) + 1] if stop else row
-                text = self.tokenizer.decode(a.response_ids, skip_special_tokens=True)
-                a.version, (a.plan, a.code) = version, parse_response(text)
             logp, mask = score_tokens(lm, chunk, self.cfg)                    # (b, T)
             for a, row, keep in zip(chunk, logp, mask):
                 a.logp = row[keep].tolist()
             yield from chunk
+
+class VLLMSampler(HFSampler):
+    """The same with vLLM, in this process: one engine writes with the weights of whichever model it
+    is given, and sleeps in between. Log-probs are its own, of the tempered policy."""
+    def __init__(self, cfg, folder):
+        super().__init__(cfg, transformers.PreTrainedTokenizerFast.from_pretrained(folder))
+        self.at_once = None  # all: weights must not change while something is written
+        self.length = 2 * (cfg.max_prompt_tokens + cfg.max_response_tokens)  # copies are longer
+        os.environ |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+        with grade.blame(UserError, "vLLM does not start (is it installed? see --kv-cache-gb)"):
+            import vllm
+            self.llm = vllm.LLM(
+                str(folder), skip_tokenizer_init=True, dtype=cfg.dtype, seed=cfg.seed,
+                max_model_len=self.length, max_num_seqs=cfg.sample_batch,
+                kv_cache_memory_bytes=int(cfg.kv_cache_gb * 2 ** 30),
+                logprobs_mode="processed_logprobs", enable_sleep_mode=torch.cuda.is_available())
+        self.params = vllm.SamplingParams(  # ignore_eos: no end token but ours ends a response
+            temperature=cfg.temperature, top_k=max(0, cfg.top_k), top_p=cfg.top_p, ignore_eos=True,
+            stop_token_ids=[] if cfg.ignore_eos else [self.eos], logprobs=0,
+            max_tokens=cfg.max_response_tokens, detokenize=False)
+
+    def write(self, attempts, lm):
+        """Yield each attempt when it is done, while the others are written on."""
+        if torch.cuda.is_available():
+            self.llm.wake_up()
+        weights = iter(lm.state_dict().items())  # unlike parameters, it names tied ones, too
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.reset_prefix_cache()  # of other weights
+        engine, waiting = self.llm.llm_engine, {str(a.id): a for a in attempts}
+        for key, a in waiting.items():
+            if len(a.prompt_ids) < self.length:  # else a program too long to be copied
+                engine.add_request(key, {"prompt_token_ids": a.prompt_ids}, self.params)
+        while engine.has_unfinished_requests():
+            for out in [out for out in engine.step() if out.finished]:
+                a, done = waiting.pop(out.request_id), out.outputs[0]
+                a.response_ids = list(done.token_ids)
+                a.logp = [p[token].logprob for p, token in zip(done.logprobs, a.response_ids)]
+                yield a
+        if torch.cuda.is_available():  # a CPU has no such mode
+            self.llm.sleep(level=2)  # without weights, keys and values
 
 def parse_response(text):
     """(plan, code): the text before the first closed fenced block, and what stands in the block."""
@@ -342,12 +387,14 @@ def instrument(code, secret, copied=""):
 def lm_copies(attempts, sampler, lm):
     """Pairs (attempt, the frozen LM's copy of its program with the prints asked for) (App. C.3)."""
     attempts = iter(attempts)
-    while chunk := list(itertools.islice(attempts, sampler.cfg.sample_batch)):
+    while chunk := list(itertools.islice(attempts, sampler.at_once)):
         asked = [Attempt("", "instrument", encode(sampler.tokenizer, prompts.instrument(
             MARKER_PRINT.sub(HIDE, a.code))), id=a.id)
             for a in chunk if a.code.strip() and instrument(a.code, "")[1]]  # it parses
-        copies = {copy.id: copy.code for copy in sampler.sample(asked, lm, -1)}
-        yield from ((a, copies.get(a.id, "")) for a in chunk)
+        left = {a.id: a for a in chunk}
+        for copied in sampler.sample(asked, lm, -1):  # programs run as soon as they are copied
+            yield left.pop(copied.id), copied.code
+        yield from ((a, "") for a in left.values())
 
 # §6 Execution (Alg. 1 l. 4-5) ---------------------------------------------------------------------
 # Programs are hostile: in search of reward they find the answers if they can. The trainer, which
@@ -360,7 +407,8 @@ def lm_copies(attempts, sampler, lm):
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
          [])  # best first; the last only with --unsafe-exec
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-LOOK, MAX_FILES, MAX_SUBMISSION, FLOOD = 0.2, 20000, 100 << 20, 64 << 20  # s, files, bytes
+REMOVE = 'rm -rf "$0" || { sleep 1; chmod -R u+rwX "$0"; rm -rf "$0"; }'  # also closed folders
+MAX_FILES, MAX_SUBMISSION, FLOOD = 20000, 100 << 20, 64 << 20  # files, bytes, bytes
 PRELOAD = """pandas sklearn.compose sklearn.decomposition sklearn.ensemble sklearn.linear_model
     sklearn.feature_extraction.text sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
     sklearn.neural_network sklearn.svm lightgbm xgboost torch""".split()
@@ -398,9 +446,6 @@ def enter_box(job):
         libc("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: nothing gets out of sight
         libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     if "namespaces" in job.walls:
-        if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 14):  # else global
-            limit = 332 + job.max_procs  # the first 300 ids are used only once
-            pathlib.Path("/proc/sys/kernel/pid_max").write_text(str(limit))
         mount_setattr, recursive, read_only = 442, 0x8000, struct.pack("QQQQ", 1, 0, 0, 0)
         libc("syscall", mount_setattr, -100, b"/", recursive, read_only, 32)
         new_mount("/run", 1)  # the sockets of services
@@ -416,8 +461,6 @@ def drop_rights(job, slot):
     for name, limit in dict(CORE=0, CPU=math.ceil(job.cpu_limit), FSIZE=job.disk_mb << 20,
                             NOFILE=1024, DATA=int(job.memory_gb * 2 ** 30), NPROC=procs).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))
-    if "namespaces" in job.walls:
-        libc("unshare", 0x08000000)  # CLONE_NEWIPC: System V memory ends with the program
     if "Landlock" in job.walls:
         devices = [f"/dev/{name}" for name in "null zero full random urandom shm".split()]
         gpus = glob.glob("/dev/nvidia*") if job.program_gpu else []
@@ -481,41 +524,15 @@ def kill_all(job, first):
         while True:
             os.waitpid(-1, 0)  # orphans are our children, since we are process 1 or a subreaper
 
-def too_much(job, slot):
-    """"memory" or "crash" where all processes of a program together pass its limits, else ""."""
-    def kib(pid):  # the file that all may read
-        text = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text)))
-    alone, memory, ours = os.getpid() == 1, 0, kib("self") if job.walls else 0  # ours: shared
-    pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()] if job.walls else []
-    if alone and len(pids) > job.max_procs + 1:  # the rest is too slow for a flood
-        return "crash"
-    for pid in pids:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended
-            if pid != os.getpid() and (alone or os.stat(f"/proc/{pid}").st_uid == job.uid):
-                memory += max(0, kib(pid) - ours)
-    if not alone:
-        du = subprocess.run(["du", "-sk", slot], cwd="/", capture_output=True)
-        if int(du.stdout.split()[0]) > job.disk_mb << 10:
-            return "crash"
-    return "memory" if memory > job.memory_gb * 2 ** 20 else ""
-
-def watch(job, pid, slot):
+def watch(job, pid):
     """Wait until the program's first process ends or must end: (exit status or None, why)."""
-    began = look = time.monotonic()
-    while (now := time.monotonic()) < began + job.timeout:
+    began = time.monotonic()
+    while time.monotonic() < began + job.timeout:
         ended, status = os.waitpid(-1, os.WNOHANG)  # the program, or an orphan of it
         if ended == pid:
             return os.waitstatus_to_exitcode(status), ""
         if select.select([0], [], [], 0.002)[0]:  # the trainer wants it no more, or is gone
             return None, "cancelled"
-        if now > look + LOOK:
-            try:
-                if why := too_much(job, slot):
-                    return None, why
-            except OSError:  # it hides
-                return None, "crash"
-            look = time.monotonic()
     return None, "timeout"
 
 def execute(job, slot):
@@ -539,7 +556,7 @@ def execute(job, slot):
             finally:
                 os._exit(77)
         try:
-            status, why = watch(job, pid, slot)
+            status, why = watch(job, pid)
             dt = job.timeout if why == "timeout" else time.monotonic() - began
         finally:
             kill_all(job, pid)
@@ -590,8 +607,6 @@ def clean(job, slot):
     else:
         aside(REMOVE, slot / "work")
         aside(f"find /dev/shm -mindepth 1 -user {job.uid} -delete" if job.walls else "")
-
-REMOVE = 'rm -rf "$0" || { sleep 1; chmod -R u+rwX "$0"; rm -rf "$0"; }'  # also closed folders
 
 def aside(command, path="/"):
     """Run a shell command, in which $0 is the path, away from our pipes and from programs."""
@@ -694,6 +709,7 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
                         f"walls: {', '.join(walls) or 'none'}",
                         *(f"{'NOT out' if k in broken else 'out'} of their reach: {claim}"
                           for k, claim in enumerate(CLAIMS)),
+                        "NOT limited: memory that their processes share, or hold together",
                         *["NOT limited: the number of their files"] * ("namespaces" not in walls)]
         raise UserError(f"programs cannot run safely here ({result['outcome']}: "
                         f"{result['output'][-200:]}): see README's table, or accept the risk with "
@@ -956,9 +972,13 @@ def assemble(attempts, learner, cfg, i):
     return types.SimpleNamespace(
         attempts=attempts, mask=mask, logp_old=logp_old,
         logp_prox=logp_old.index_copy(0, torch.tensor(stale).long(), scored[stale]),
-        R=torch.tensor([a.R for a in attempts]) - cfg.crowding * crowding(attempts),
+        R=torch.tensor([a.R for a in attempts]) - cfg.crowding * left(cfg, i) * crowding(attempts),
         logp_ref=score_tokens(learner.ref, attempts, cfg)[0],
         V=score_tokens(learner.critic, attempts, cfg, response_values)[0])
+
+def left(cfg, i):
+    """Share that is left at update i of learning rates, crowding and the entropy's target."""
+    return 1 - (1 - cfg.anneal_to) * i / max(1, cfg.iterations)
 
 def crowding(attempts):
     """Share of its task's attempts in a batch that are the same valid program, 0 for an invalid
@@ -1039,7 +1059,8 @@ def value_loss(V, V_old, returns, cfg):
 def update(learner, x, A, w, returns, cfg, i):
     """PPO epochs over the batch, critic then actor (Table 3). Returns means over optimizer steps.
     The actor is left alone while the critic warms up and where no advantage is left (CHOICE)."""
-    left = 1 - (1 - cfg.anneal_to) * i / max(1, cfg.iterations)  # linear
+    H = -float((token_weights(x.mask, cfg.loss_agg) * x.logp_prox).sum())  # estimates the entropy
+    entropy_coef = cfg.entropy_coef * (H < left(cfg, i) * cfg.entropy_target)
     def critic_loss(rows, ids, attention, mask, c):
         V = response_values(learner.critic, ids, attention, mask, cfg)        # (b, T)
         loss = value_loss(V, like(V, x.V, rows), like(V, returns, rows), cfg)
@@ -1049,31 +1070,28 @@ def update(learner, x, A, w, returns, cfg, i):
         prox, old = like(logp, x.logp_prox, rows), like(logp, x.logp_old, rows)
         loss, clipped = policy_loss(logp, prox, old, like(logp, A, rows),
                                     w[rows].to(logp.device), cfg)             # (b, T)
-        H = (c * entropy).sum(1)                                              # (b,)
-        below = H < left * cfg.entropy_target * c.sum(1)  # of each sequence, a token's mean
-        total = (c * loss).sum() - cfg.entropy_coef * (H * below).sum()
+        total = (c * loss).sum() - entropy_coef * (c * entropy).sum()
         k3 = (logp - prox).exp() - 1 - (logp - prox)                          # Schulman's k3
-        return total, {"policy_loss": (c * loss).sum(), "entropy": H.sum(),
+        return total, {"policy_loss": (c * loss).sum(), "entropy": (c * entropy).sum(),
                        "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
-    learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left
-    learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left
+    learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left(cfg, i)
+    learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left(cfg, i)
     stats = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "update_kl", "grad_norm"))
     critic = optimize(learner.critic, learner.critic_opt, critic_loss, x.attempts, x.mask, cfg,
                       cfg.critic_grad_clip)
     stats |= dict(value_loss=critic["value_loss"], critic_grad_norm=critic["grad_norm"])
     if i >= cfg.critic_warmup and A.any():
         stats |= optimize(learner.actor, learner.actor_opt, actor_loss, x.attempts, x.mask, cfg,
-                          cfg.actor_grad_clip, cfg.target_kl)
+                          cfg.actor_grad_clip)
     return stats
 
 def like(tensor, full, rows):
     """The given rows of a (B, T) tensor, in shape and on the device of `tensor`."""
     return full[rows, :tensor.shape[1]].to(tensor.device)
 
-def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, target_kl=0.0):
+def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip):
     """cfg.ppo_epochs passes of mini-batches; gradients add up over micro-batches.
-    Stops before an epoch once the mean `update_kl` passed target_kl. Returns the mean over
-    optimizer steps of what loss_function reports, and the gradient norm."""
+    Returns the mean over optimizer steps of what loss_function reports, and the gradient norm."""
     totals, steps = collections.Counter(), 0
     model.train()  # no dropout anywhere: this only lets checkpointing work
     for _ in range(cfg.ppo_epochs):
@@ -1094,8 +1112,6 @@ def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, ta
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps += 1
-        if target_kl and totals["update_kl"] / steps > target_kl:
-            break
     model.eval()  # checkpointing would keep `generate` from its cache
     return {key: value / steps for key, value in totals.items()}
 
@@ -1151,7 +1167,7 @@ def write_evaluation(D, run):
 # §12 Run folder, checkpoint, resume ---------------------------------------------------------------
 LOGS, MODELS = ("metrics.jsonl", "attempts.jsonl"), ("actor", "critic", "actor_opt", "critic_opt")
 FREE = ("run", "mode", "program", "iterations", "workers", "eval_samples", "save_every", "raw",
-        "data_dir", "unsafe_exec")  # flags that may differ when a run resumes
+        "data_dir", "unsafe_exec", "sampler", "kv_cache_gb")  # may differ when a run resumes
 STATE = "rng iteration D_prev in_flight drawn skipped executions wall_s best evaluation".split()
 progress = functools.partial(tqdm.tqdm, unit=" programs", leave=False, disable=None)
 
@@ -1327,7 +1343,7 @@ def supervised(lm, tokenizer, pairs, cfg):
     data = [Attempt("", "solve", encode(tokenizer, chat), response_ids=[
                 *tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id])
             for chat, response in pairs]
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=cfg.sft_lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.sft_steps)
     def loss(rows, ids, attention, mask, c):
         nll = -(c * response_logprobs(lm, ids, attention, mask, cfg)[0]).sum()
@@ -1359,7 +1375,7 @@ def tiny_tokenizer(pairs):
 
 def tiny_policy(cfg, D):
     """Folder of the embedded policy, trained on prompts.corpus and kept in the user's cache."""
-    recipe = [cfg.sft_steps, cfg.sft_lr, cfg.mini_batch, cfg.seed, *(
+    recipe = [cfg.sft_steps, cfg.mini_batch, cfg.seed, *(
         prompts.corpus(task, 50, 0) for task in D.values()), *map(inspect.getsource, (
             prompts, supervised, tiny_tokenizer, tiny_policy))]
     name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
@@ -1372,28 +1388,9 @@ def tiny_policy(cfg, D):
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id))
-        threads = torch.get_num_threads()  # more are of use while no program runs, if cores idle
-        torch.set_num_threads(max(1, min(4, CORES) - int(os.getloadavg()[0])))
+        torch.set_num_threads(max(1, min(4, CORES) - int(os.getloadavg()[0])))  # those that idle
         supervised(lm, tokenizer, pairs, cfg)
-        torch.set_num_threads(threads)
         save_policy(folder, lm, tokenizer)
-    return folder
-
-def initial_policy(cfg, D):
-    """Folder or hub name of the policy that training starts from, fine-tuned first if --sft."""
-    torch.manual_seed(cfg.seed)
-    start = cfg.policy or (tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model)
-    if not cfg.sft:
-        return start
-    with grade.blame(UserError, f"--sft {cfg.sft}: need lines that are JSON objects with the texts "
-                                "prompt and response"):
-        pairs = [([{"role": "user", "content": "" + row["prompt"]}], "" + row["response"])
-                 for row in map(json.loads, open(cfg.sft))]
-        pairs[0]
-    if not os.path.exists(folder := f"{cfg.run}/sft"):
-        lm, tokenizer = load_policy(start)
-        supervised(lm, tokenizer, pairs, cfg)
-        save_policy(pathlib.Path(folder), lm, tokenizer)
     return folder
 
 # §15 Command line ---------------------------------------------------------------------------------
@@ -1448,12 +1445,16 @@ def run_training(cfg, D):
         print(f"policy     {cfg.policy or cfg.model} (preset {cfg.preset}: reward {cfg.reward}, "
               f"duration {cfg.duration}), {cfg.collect}, in {cfg.run}")
         print(*(f"programs   {line}" for line in env.pool.report), sep="\n")
-        learner = Learner(cfg, initial_policy(cfg, D))
+        torch.manual_seed(cfg.seed)
+        folder = cfg.policy or (tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model)
+        torch.set_num_threads(1 if not torch.cuda.is_available() else 4)  # programs need the cores
+        engine = VLLMSampler(cfg, folder) if cfg.sampler == "vllm" else None  # memory is free now
+        learner = Learner(cfg, folder)
         run.load(learner)
-        sampler, maker = HFSampler(cfg, learner.tokenizer), PromptMaker(cfg, D, learner.tokenizer)
+        sampler = engine or HFSampler(cfg, learner.tokenizer)
         if cfg.instrument == "lm":
             env.copies = lambda attempts: lm_copies(attempts, sampler, learner.ref)
-        common = sampler, env, maker, run
+        common = sampler, env, PromptMaker(cfg, D, learner.tokenizer), run
         if cfg.mode == "train" and not run.evaluation:
             evaluate("untrained", learner.ref, D, [], *common)
             run.save(learner)
@@ -1478,7 +1479,6 @@ def main(argv):
             plot(pathlib.Path(cfg.run))
             return 0
         import_torch()
-        torch.set_num_threads(1 if not torch.cuda.is_available() else 4)  # programs need the cores
         D = [grade.open_task(name.strip(), cfg.data_dir, cfg.raw or None, cfg.report_fold, cfg.seed)
              for name in (grade.load_tasks() if cfg.task == "all" else cfg.task.split(","))]
         mode = run_program if cfg.mode == "run" else run_training

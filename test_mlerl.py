@@ -69,14 +69,17 @@ def small_tokenizer():
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory):
     """Folder of a tiny Qwen2 with a tokenizer, in Hugging Face format."""
+    return save_qwen(tmp_path_factory.mktemp("policy"), hidden_size=16, std=0.3)
+
+
+def save_qwen(folder, hidden_size, std):
     torch.manual_seed(1)
     tokenizer = small_tokenizer()
     lm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-        initializer_range=0.3, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        initializer_range=std, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
-    folder = tmp_path_factory.mktemp("policy")
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -724,6 +727,54 @@ def test_attempts_are_written_in_the_order_in_which_they_were_drawn(learner):
     assert [a.prompt_ids for a in done] == drawn
 
 
+def samples_with_vllm(policy, found):
+    """In a process of its own: largest difference of vLLM's log-probs to a forward pass, with weights
+    that were not handed over, with the actor's, with the frozen LM's; and what it wrote."""
+    cfg = config(sampler="vllm", max_prompt_tokens=32, max_response_tokens=24, sample_batch=8, kv_cache_gb=0.2)
+    sampler = mlerl.VLLMSampler(cfg, policy)
+    torch.manual_seed(0)
+    learner = mlerl.Learner(cfg, policy)
+    with torch.no_grad():
+        for p in learner.actor.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+
+    def difference(lm, attempts):
+        logp, mask = mlerl.score_tokens(lm, attempts, cfg)
+        return float((logp[mask] - torch.tensor([p for a in attempts for p in a.logp])).abs().max())
+
+    def ask(n=20):
+        return [mlerl.Attempt(TASK, "solve", [5, 9, 11] + [20 + k] * (k % 7), id=k) for k in range(n)]
+
+    hand_over, sampler.llm.collective_rpc = sampler.llm.collective_rpc, lambda *_, **__: None
+    seen = dict(stale=difference(learner.actor, list(sampler.sample(ask(), learner.actor, 0))))
+    sampler.llm.collective_rpc = hand_over
+    for name in ("actor", "ref", "actor"):  # one engine, weights swapped, the same prompts
+        done = [next(written := sampler.sample(ask(), getattr(learner, name), 3))]
+        seen["unfinished"] = sampler.llm.llm_engine.has_unfinished_requests()
+        done += written
+        seen[name] = difference(getattr(learner, name), done)
+    end = learner.tokenizer.eos_token_id
+    seen["ids"], seen["versions"] = [a.id for a in done], [a.version for a in done]
+    seen["ended"] = [a.response_ids[-1] == end or len(a.response_ids) == 24 for a in done]
+    seen["inside"] = sum(end in a.response_ids[:-1] for a in done)
+    long = [mlerl.Attempt(TASK, "instrument", [7] * 500), *ask(2)]
+    seen["too_long"] = len(list(sampler.sample(long, learner.ref, -1)))
+    pathlib.Path(found).write_text(json.dumps(seen))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm (a build for CPUs will do) is not installed")
+def test_vllm_samples_with_the_weights_it_is_given(tmp_path):
+    policy = save_qwen(tmp_path / "policy", hidden_size=64, std=0.1)  # vLLM needs heads of at least 32
+    code = f"import test_mlerl; test_mlerl.samples_with_vllm({str(policy)!r}, {str(tmp_path / 'found')!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+    seen = json.loads((tmp_path / "found").read_text())
+    assert seen["stale"] > 0.05
+    assert seen["actor"] < 1e-5 and seen["ref"] < 1e-5
+    assert seen["unfinished"] and sorted(seen["ids"]) == list(range(20))  # yielded as they end
+    assert all(seen["ended"]) and not seen["inside"] and seen["versions"] == [3] * 20
+    assert seen["too_long"] == 2
+
+
 def test_only_the_tokenizers_end_token_ends_a_response(learner):
     learner.actor.generation_config.eos_token_id = list(range(learner.actor.config.vocab_size))
     done = sampled(learner, config(max_response_tokens=6), [[5, 6]] * 20)
@@ -801,16 +852,16 @@ def test_update_takes_the_gradient_of_the_loss_whatever_the_micro_batch(learner,
 
 @pytest.mark.parametrize("i, left", [(0, 1.0), (5, 0.6)])
 @pytest.mark.parametrize("loss_agg, micro", [("seq", 8), ("seq", 3), ("token", 1)])
-def test_above_its_falling_target_a_sequences_entropy_earns_no_bonus(learner, loss_agg, micro, i, left):
+@pytest.mark.parametrize("near", [0.99, 1.01])
+def test_above_its_falling_target_the_batchs_entropy_earns_no_bonus(learner, loss_agg, micro, i, left, near):
+    """The batch's entropy is estimated by -log pi of its own tokens."""
     cfg = config(batch_size=8, mini_batch=8, micro_batch=micro, iterations=10, anneal_to=0.2, loss_agg=loss_agg, **FREE)
     x, A, w, G = update_inputs(learner, cfg)
-    entropies = [slow_logprobs(learner.actor, a, cfg.temperature)[1] for a in x.attempts]
-    target = sum(sorted(float(e.mean()) for e in entropies)[3:5]) / 2  # four are below it
-    n = sum(map(len, entropies))
-    bonus = sum(e.sum() / n if loss_agg == "token" else e.mean() / 8 for e in entropies if e.mean() < target)
-    plain = slow_update_losses(learner, x, A, w, G, dataclasses.replace(cfg, entropy_coef=0.0))[0]
-    oracle = grads(plain - cfg.entropy_coef * bonus, learner.actor)
-    _, actor, _ = step(learner, x, A, w, G, dataclasses.replace(cfg, entropy_target=target / left), i)
+    H = -float(slow_aggregate([x.logp_prox[k, :len(a.response_ids)] for k, a in enumerate(x.attempts)], loss_agg))
+    loss = slow_update_losses(learner, x, A, w, G, dataclasses.replace(
+        cfg, entropy_coef=cfg.entropy_coef if near > 1 else 0.0))[0]
+    oracle = grads(loss, learner.actor)
+    _, actor, _ = step(learner, x, A, w, G, dataclasses.replace(cfg, entropy_target=near * H / left), i)
     close({name: moved / left for name, moved in actor.items()}, oracle, 1e-4)  # so does lr
 
 
@@ -853,9 +904,8 @@ class Counting(torch.optim.SGD):
 
 @pytest.mark.parametrize("changes, critic_steps, actor_steps", [
     (dict(ppo_epochs=1), 1, 1), (dict(ppo_epochs=3), 3, 3),
-    (dict(ppo_epochs=2, mini_batch=3), 6, 6),
-    (dict(ppo_epochs=5, target_kl=1e-9), 5, 1)])  # KL > target after the first epoch
-def test_epochs_mini_batches_and_target_kl(learner, changes, critic_steps, actor_steps):
+    (dict(ppo_epochs=2, mini_batch=3), 6, 6)])
+def test_epochs_and_mini_batches(learner, changes, critic_steps, actor_steps):
     cfg = config(batch_size=8, **(dict(mini_batch=8) | changes))
     x, A, w, G = update_inputs(learner, cfg)
     learner.actor_opt = Counting(learner.actor.parameters(), lr=0.1)
@@ -1394,7 +1444,7 @@ def test_the_policys_own_marker_prints_are_hidden_from_the_lm_and_earn_nothing(t
     asked = []
 
     class Sampler:
-        tokenizer, cfg = small_tokenizer(), config(sample_batch=3)
+        tokenizer, at_once = small_tokenizer(), 3
 
         def sample(self, attempts, lm, version):
             for a in attempts:
@@ -2105,7 +2155,7 @@ def test_mode_run_prints_one_json_object(command, tmp_path, capsys):
     assert (tmp_path / found["submission"]).read_bytes() == submission(0.2)
 
 
-@pytest.mark.parametrize("pairs, steps", [(6, 30)])
+@pytest.mark.parametrize("pairs, steps", [(6, 90)])
 def test_supervised_fine_tuning_raises_the_likelihood_of_responses(policy, pairs, steps):
     learner = mlerl.Learner(config(), policy)
     texts = [([{"role": "user", "content": f"Task: {k}"}], f"Use tree {k}.\n```python\nx\n```")
@@ -2123,7 +2173,7 @@ def test_supervised_fine_tuning_raises_the_likelihood_of_responses(policy, pairs
 
     before = likelihood()
     mlerl.supervised(learner.actor, learner.tokenizer, texts,
-                     config(sft_steps=steps, sft_lr=1e-2, mini_batch=4))
+                     config(sft_steps=steps, mini_batch=4))
     assert likelihood() > 0.5 * before  # log-likelihoods are negative
 
 
@@ -2216,10 +2266,6 @@ def test_a_flag_that_makes_no_sense_is_one_line_that_names_it(command, monkeypat
     (dict(report_fold=0.001), "report-fold"),  # too few rows for a score
     (dict(mode="run", program="missing.py"), "missing.py"), (dict(mode="run", program="."), "program"),
     (dict(mode="run", program="binary"), "binary"),
-    (dict(sft="missing.jsonl"), "missing.jsonl"), (dict(sft="."), "sft"),
-    (dict(sft="text.jsonl"), "text.jsonl"), (dict(sft="keys.jsonl"), "keys.jsonl"),
-    (dict(sft="types.jsonl"), "types.jsonl"), (dict(sft="list.jsonl"), "list.jsonl"),
-    (dict(sft="empty"), "empty"), (dict(sft="binary"), "binary"),
     (dict(model="missing"), "missing"), (dict(model="empty"), "empty"), (dict(model="none/x"), "none/x"),
     (dict(model="bad_config"), "bad_config"), (dict(model="bad_weights"), "bad_weights"),
     (dict(model="no_weights"), "no_weights"), (dict(model="no_tokenizer"), "no_tokenizer"),
@@ -2231,9 +2277,7 @@ def test_bad_input_is_one_clear_line(command, monkeypatch, policy, tmp_path, cap
         raise AssertionError("accepted")
 
     monkeypatch.setattr(mlerl, "train", trains)
-    texts = {"p.py": script(), "empty": "", "text.jsonl": "prompt and response\n",
-             "keys.jsonl": '{"prompt": "a"}\n', "types.jsonl": '{"prompt": 5, "response": [7]}\n',
-             "list.jsonl": "[1, 2]\n", "begun/config.json": "{}", "spoiled/config.json": "{ nonsense"}
+    texts = {"p.py": script(), "empty": "", "begun/config.json": "{}", "spoiled/config.json": "{ nonsense"}
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -2679,16 +2723,11 @@ def test_threat_program_outlives_its_timeout(world):
 
 
 def test_threat_floods(world):
-    """Memory, shared memory, disk, inodes, nested folders, processes, threads, output, descriptors."""
-    fork = "import os, ctypes, time\nctypes.CDLL(None).prctl(4, %d)\nfor _ in range(10):\n    if os.fork() == 0:\n" \
-           "        x = bytearray(300 << 20); time.sleep(100)\ntime.sleep(100)"
+    """Memory, disk, inodes, nested folders, processes, threads, output, descriptors; what is not held is named."""
     floods = {"x = bytearray(3 << 30)": "memory", "import numpy as np; x = np.ones(3 << 27)": "memory",
-              "import mmap\nm = mmap.mmap(-1, 4 << 30)\nfor i in range(0, 4 << 30, 4096): m[i] = 1": "memory",
-              fork % 1: "memory", fork % 0: "memory",
               "import resource\nresource.setrlimit(resource.RLIMIT_DATA, (-1, -1))": "crash",
               "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(1 << 20))": "crash",
-              "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'w').close()":
-                  "crash" if world.has["namespaces"] else "timeout",
+              "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'w').close()": "crash",
               "import os\nos.mkdir('hide'); os.chdir('hide'); os.chmod('../hide', 0)\ni = 0\nwhile True:\n    i += 1\n"
               "    open(str(i), 'wb').write(bytes(1 << 20))": "crash",
               "import os\nwhile True:\n    os.mkdir('d'); os.chdir('d')": "crash timeout",
@@ -2701,7 +2740,9 @@ def test_threat_floods(world):
     if not (world.has["namespaces"] or world.has["user id"]):  # nothing limits the processes of root
         floods = {code: word for code, word in floods.items() if "os.fork()\n    except" not in code}
     if not world.has["namespaces"]:
-        floods.popitem()
+        floods = {code: word for code, word in floods.items() if "open(str(i)" not in code and "EVIL" not in code}
+    named = [line for line in world.pool.report if "NOT limited" in line]
+    assert "memory" in named[0] and any("files" in line for line in named) != world.has["namespaces"]
     before = set(os.listdir("/dev/shm"))
     for (code, words), r in zip(floods.items(), world.runs(floods, timeout=15)):
         assert r.outcome in words and len(r.output) < 40_000, (code, r)
