@@ -118,10 +118,10 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            iterations=48, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
+            iterations=46, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
             max_response_tokens=256, instrument="ast", reward="bounded", duration="none", lr=2e-4,
-            anneal_to=0.25, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-            entropy_coef=0.15, entropy_target=0.2, crowding=0.15, kl_coef=0.005, timeout=20.0,
+            anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
+            entropy_coef=0.15, entropy_target=0.3, crowding=0.3, kl_coef=0.005, timeout=20.0,
             cpu_limit=15.0, memory_gb=2.0, disk_mb=64, kv_cache_gb=0.5)
 
 @dataclasses.dataclass
@@ -440,7 +440,10 @@ def landlock(readable, writable):
     libc("syscall", restrict, ruleset, 0)
 
 def enter_box(job):
-    """Build the walls that stay, and import what programs import (forks would miss threads)."""
+    """Import what programs import (no more: forks would miss threads), build the walls that stay."""
+    for name in PRELOAD if job.forked else []:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     if job.walls:
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")  # killed before the trainer is
         libc("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: nothing gets out of sight
@@ -449,9 +452,6 @@ def enter_box(job):
         mount_setattr, recursive, read_only = 442, 0x8000, struct.pack("QQQQ", 1, 0, 0, 0)
         libc("syscall", mount_setattr, -100, b"/", recursive, read_only, 32)
         new_mount("/run", 1)  # the sockets of services
-    for name in PRELOAD if job.forked else []:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
     gc.freeze()  # the collector must not touch, hence copy, pages that forks share
 
 def drop_rights(job, slot):
