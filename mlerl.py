@@ -118,7 +118,7 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            iterations=46, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
+            iterations=40, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
             max_response_tokens=256, instrument="ast", reward="bounded", duration="none", lr=2e-4,
             anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
             entropy_coef=0.15, entropy_target=0.3, crowding=0.3, kl_coef=0.005, timeout=20.0,
@@ -922,7 +922,7 @@ def hidden_states(backbone, ids, attention, T):
 
 def response_logprobs(lm, ids, attention, mask, cfg):
     """log pi(a_t | s, a_<t) and entropy of the tempered policy, logits / temperature.
-    All log-probs (behaviour, ratio, KL) come from this one function. Returns two (b, T) float32,
+    All log-probs (ratio, KL, behaviour but vLLM's) come from this one. Returns two (b, T) float32,
     zero where masked. The vocabulary is large: logits exist for `CHUNK` tokens at a time only."""
     T = mask.shape[1]
     h = hidden_states(lm.get_decoder(), ids, attention, T)[mask]              # (n, d)
@@ -964,8 +964,8 @@ def score_tokens(model, attempts, cfg, function=response_logprobs, only=None):
 def assemble(attempts, learner, cfg, i):
     """x, the tensors of update i, on the CPU, zero where masked: R (B,) rewards less crowding;
     mask (B, T) bool, response tokens; (B, T) float32 each: logp_old of the behaviour policy, as
-    sampled, logp_prox of the current one, logp_ref of the initial one, V, the critic's values."""
-    stale = [k for k, a in enumerate(attempts) if a.version < i]  # else sampled by the current one
+    sampled, logp_prox of the current one (fresh ones: the same), logp_ref of the initial one, V."""
+    stale = [k for k, a in enumerate(attempts) if a.version < i or cfg.sampler == "vllm"]
     scored, mask = score_tokens(learner.actor, attempts, cfg, only=stale)
     logp_old = torch.zeros_like(scored)
     logp_old[mask] = torch.tensor([p for a in attempts for p in a.logp])
