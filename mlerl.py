@@ -82,7 +82,7 @@ class Config:
     drop_leaks: bool = False  # hide columns known to give the label away (tasks.json)
     report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
     lr: Size = 1e-5  # actor (Table 3)
-    anneal_to: Share = 1.0  # share of lr, crowding, entropy_target left at iteration N (1: Table 3)
+    anneal_to: Share = 1.0  # share of lrs, crowding, entropy_target left at iteration N (1: Table 3)
     critic_lr: Size = 1e-5  # critic (Table 3)
     critic_init_std: Size = 0.02  # of the critic's new head
     critic_warmup: Index = 0  # first iterations that update the critic only (CHOICE)
@@ -105,8 +105,8 @@ class Config:
     workers: Index = 0  # programs at once; 0: one a core
     timeout: Positive = 600.0  # wall seconds a program (CHOICE)
     cpu_limit: Positive = 1200.0  # CPU seconds a program (CHOICE)
-    memory_gb: Positive = 8.0  # GiB a program (CHOICE)
-    disk_mb: Count = 1024  # MiB that a program may write (CHOICE)
+    memory_gb: Positive = 8.0  # GiB a process of a program (CHOICE)
+    disk_mb: Count = 1024  # MiB of a program's files, without namespaces of each one (CHOICE)
     output_kb: Count = 64  # KiB of terminal output kept, head and tail (CHOICE)
     max_procs: Count = 256  # processes and threads of a program (CHOICE)
     threads: Index = 0  # BLAS threads a program; 0: cores / workers
@@ -118,9 +118,9 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            iterations=38, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
+            iterations=40, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
             max_response_tokens=256, instrument="ast", reward="bounded", duration="none", lr=2e-4,
-            anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
+            anneal_to=0.2, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=3,
             entropy_coef=0.15, entropy_target=0.3, crowding=0.3, kl_coef=0.005, timeout=20.0,
             cpu_limit=15.0, memory_gb=2.0, disk_mb=64, kv_cache_gb=0.5)
 
@@ -272,19 +272,19 @@ class HFSampler:
 
 class VLLMSampler(HFSampler):
     """The same with vLLM, in this process: one engine writes with the weights of whichever model it
-    is given, and sleeps in between. Log-probs are its own, of the tempered policy."""
+    is given, and sleeps in between. Log-probs are its own, of the tempered (truncated) policy."""
     def __init__(self, cfg, folder):
-        super().__init__(cfg, transformers.PreTrainedTokenizerFast.from_pretrained(folder))
-        self.at_once = None  # all: weights must not change while something is written
-        self.length = 2 * (cfg.max_prompt_tokens + cfg.max_response_tokens)  # copies are longer
         os.environ |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
-        with grade.blame(UserError, "vLLM does not start (is it installed? see --kv-cache-gb)"):
+        with grade.blame(UserError, f"vLLM cannot serve {folder} (is it installed? needs an idle "
+                                    "GPU, or a lower --kv-cache-gb)"):
             import vllm
+            super().__init__(cfg, transformers.PreTrainedTokenizerFast.from_pretrained(folder))
             self.llm = vllm.LLM(
                 str(folder), skip_tokenizer_init=True, dtype=cfg.dtype, seed=cfg.seed,
-                max_model_len=self.length, max_num_seqs=cfg.sample_batch,
-                kv_cache_memory_bytes=int(cfg.kv_cache_gb * 2 ** 30),
+                max_num_seqs=cfg.sample_batch, kv_cache_memory_bytes=int(cfg.kv_cache_gb * 2 ** 30),
                 logprobs_mode="processed_logprobs", enable_sleep_mode=torch.cuda.is_available())
+        self.at_once = None  # all: weights must not change while something is written
+        self.longest = self.llm.llm_engine.model_config.max_model_len  # tokens
         self.params = vllm.SamplingParams(  # ignore_eos: no end token but ours ends a response
             temperature=cfg.temperature, top_k=max(0, cfg.top_k), top_p=cfg.top_p, ignore_eos=True,
             stop_token_ids=[] if cfg.ignore_eos else [self.eos], logprobs=0,
@@ -292,14 +292,13 @@ class VLLMSampler(HFSampler):
 
     def write(self, attempts, lm):
         """Yield each attempt when it is done, while the others are written on."""
-        if torch.cuda.is_available():
-            self.llm.wake_up()
+        self.llm.wake_up()
         weights = iter(lm.state_dict().items())  # unlike parameters, it names tied ones, too
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()  # of other weights
         engine, waiting = self.llm.llm_engine, {str(a.id): a for a in attempts}
         for key, a in waiting.items():
-            if len(a.prompt_ids) < self.length:  # else a program too long to be copied
+            if len(a.prompt_ids) < self.longest:  # else a program too long to be copied
                 engine.add_request(key, {"prompt_token_ids": a.prompt_ids}, self.params)
         while engine.has_unfinished_requests():
             for out in [out for out in engine.step() if out.finished]:
@@ -710,7 +709,9 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
                         *(f"{'NOT out' if k in broken else 'out'} of their reach: {claim}"
                           for k, claim in enumerate(CLAIMS)),
                         "NOT limited: memory that their processes share, or hold together",
-                        *["NOT limited: the number of their files"] * ("namespaces" not in walls)]
+                        *["NOT limited: the number of their files"] * ("namespaces" not in walls),
+                        *["NOT limited: the number of their processes"] * (
+                            not os.getuid() and "user id" not in walls)]
         raise UserError(f"programs cannot run safely here ({result['outcome']}: "
                         f"{result['output'][-200:]}): see README's table, or accept the risk with "
                         "--unsafe-exec")
@@ -1042,8 +1043,8 @@ def token_weights(mask, loss_agg):
 def policy_loss(logp, logp_prox, logp_old, A, w, cfg):
     """Clipped surrogate (Schulman et al. 2017, Eq. 7) of Eq. 2, weighted by duration (Eq. 3).
     rho = pi / pi_prox, L = w min(C, pi_prox / pi_old) max(-A rho, -A clip(rho, 1-eps, 1+eps)).
-    For fresh samples pi_prox = pi_old and this is plain PPO; stale ones are partly corrected, by a
-    truncated weight a token (decoupled objective: Hilton et al. 2022). logp*, A: (b, T); w: (b,).
+    For fresh samples pi_prox = pi_old and this is plain PPO; stale ones and vLLM's are partly
+    corrected, by a truncated weight a token (Hilton et al. 2022). logp*, A: (b, T); w: (b,).
     Returns the loss and whether it is clipped, both (b, T)."""
     rho = (logp - logp_prox).exp()                                            # (b, T)
     is_weight = (logp_prox - logp_old).exp().clamp(max=cfg.max_is_weight)     # (b, T)
@@ -1121,8 +1122,7 @@ def evaluate(phase, lm, D, parents, sampler, env, maker, run):
     `phase`. Puts {task: summary} into run.evaluation and returns the valid attempts."""
     n = run.cfg.eval_samples * len(D)
     env.submit(sampler.sample(draw_prompts(D, parents, n, maker, run, 1.0), lm, run.iteration))
-    with progress(desc=phase, total=n) as bar:
-        done, _ = env.collect(n, run.iteration, keep=True, tick=bar.update)
+    done, _ = env.collect(n, run.iteration, True, progress(desc=phase, total=n).update)
     run.log_attempts(done, phase)
     run.evaluation[phase] = {name: summarize(task, [a for a in done if a.task == name])
                              for name, task in D.items()}

@@ -757,7 +757,7 @@ def samples_with_vllm(policy, found):
     seen["ids"], seen["versions"] = [a.id for a in done], [a.version for a in done]
     seen["ended"] = [a.response_ids[-1] == end or len(a.response_ids) == 24 for a in done]
     seen["inside"] = sum(end in a.response_ids[:-1] for a in done)
-    long = [mlerl.Attempt(TASK, "instrument", [7] * 500), *ask(2)]
+    long = [mlerl.Attempt(TASK, "instrument", [7] * 40_000), *ask(2)]
     seen["too_long"] = len(list(sampler.sample(long, learner.ref, -1)))
     pathlib.Path(found).write_text(json.dumps(seen))
 
