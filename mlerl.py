@@ -82,7 +82,7 @@ class Config:
     drop_leaks: bool = False  # hide columns known to give the label away (tasks.json)
     report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
     lr: Size = 1e-5  # actor (Table 3)
-    anneal_to: Share = 1.0  # share of lrs, crowding, entropy_target left at iteration N (1: Table 3)
+    anneal_to: Share = 1.0  # share of lr, crowding, entropy_target left at iteration N (1: Table 3)
     critic_lr: Size = 1e-5  # critic (Table 3)
     critic_init_std: Size = 0.02  # of the critic's new head
     critic_warmup: Index = 0  # first iterations that update the critic only (CHOICE)
@@ -118,9 +118,9 @@ class Config:
 
 # CHOICE: the tiny policy's settings; README gives the reasons.
 TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            iterations=40, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
+            iterations=46, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
             max_response_tokens=256, instrument="ast", reward="bounded", duration="none", lr=2e-4,
-            anneal_to=0.2, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=3,
+            anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
             entropy_coef=0.15, entropy_target=0.3, crowding=0.3, kl_coef=0.005, timeout=20.0,
             cpu_limit=15.0, memory_gb=2.0, disk_mb=64, kv_cache_gb=0.5)
 
@@ -439,7 +439,7 @@ def landlock(readable, writable):
     libc("syscall", restrict, ruleset, 0)
 
 def enter_box(job):
-    """Import what programs import (no more: forks would miss threads), build the walls that stay."""
+    """Import what programs import (only: forks would miss threads); build the walls that stay."""
     for name in PRELOAD if job.forked else []:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
