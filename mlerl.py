@@ -1071,10 +1071,10 @@ def update(learner, x, A, w, returns, cfg, i):
         prox, old = like(logp, x.logp_prox, rows), like(logp, x.logp_old, rows)
         loss, clipped = policy_loss(logp, prox, old, like(logp, A, rows),
                                     w[rows].to(logp.device), cfg)             # (b, T)
-        total = (c * loss).sum() - entropy_coef * (c * entropy).sum()
         k3 = (logp - prox).exp() - 1 - (logp - prox)                          # Schulman's k3
-        return total, {"policy_loss": (c * loss).sum(), "entropy": (c * entropy).sum(),
-                       "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
+        report = {"policy_loss": (c * loss).sum(), "entropy": (c * entropy).sum(),
+                  "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
+        return report["policy_loss"] - entropy_coef * report["entropy"], report
     learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left(cfg, i)
     learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left(cfg, i)
     stats = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "update_kl", "grad_norm"))
