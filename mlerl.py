@@ -113,6 +113,7 @@ class Config:
     fresh_interpreters: bool = False  # a new interpreter a program, not a fork
     unsafe_exec: bool = False  # run although answers or trainer cannot be protected here
     program_gpu: bool = False  # let programs see the GPU
+    reuse: bool = False  # copies of a program that is in flight are not run, but get its result
     eval_samples: Count = 128  # samples of an evaluation (Sec. 4.1)
     save_every: Count = 10  # iterations between checkpoints (CHOICE)
 
@@ -122,7 +123,7 @@ TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_ev
             max_response_tokens=256, instrument="ast", reward="bounded", duration="none", lr=2e-4,
             anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
             entropy_coef=0.15, entropy_target=0.3, crowding=0.3, kl_coef=0.005, timeout=20.0,
-            cpu_limit=15.0, memory_gb=2.0, disk_mb=64, kv_cache_gb=0.5)
+            cpu_limit=15.0, memory_gb=2.0, disk_mb=64, kv_cache_gb=0.5, reuse=True)
 
 @dataclasses.dataclass
 class Attempt:
@@ -137,6 +138,7 @@ class Attempt:
     logp: list[float] = dataclasses.field(default_factory=list)  # behaviour policy's, per token
     plan: str = ""
     code: str = ""  # as the policy wrote it, without instrumentation
+    reused: bool = False  # what follows is of another attempt with the same program
     placed: str = ""  # who placed the milestone prints: lm, ast
     outcome: str = ""  # ok no_code syntax import crash timeout memory (no|invalid)_submission infra
     dt: float | None = None  # wall seconds of the program alone; None: nothing was run
@@ -156,9 +158,8 @@ def train(cfg, D, learner, sampler, env, maker, run):
     What becomes of the (m-1)B unfinished executions decides how duration biases the gradient.
     CHOICE: "carry" lets them run on into later batches (nothing is lost, samples are a few updates
     stale), "first" kills them (slow programs are censored), "wait" samples only B and waits."""
-    N, B, m = cfg.iterations, cfg.batch_size, cfg.oversample
+    N, B, m, D_prev = cfg.iterations, cfg.batch_size, cfg.oversample, run.D_prev
     wanted, keep = dict(carry=(m * B, True), first=(m * B, False), wait=(B, True))[cfg.collect]
-    D_prev = run.D_prev
     env.submit(run.in_flight)  # a checkpoint holds actions, not their processes: run them again
     bar = progress(desc="training", total=N * B, initial=run.iteration * B)
     for i in range(run.iteration, N):                                         # l. 1
@@ -177,7 +178,7 @@ def train(cfg, D, learner, sampler, env, maker, run):
         w = duration_weights([a.dt for a in batch], cfg)                      # l. 6: Eq. 3
         stats = update(learner, x, A, w, returns, cfg, i)                     # l. 7
         D_prev = [a for a in batch if a.valid]                                # l. 8: a new buffer
-        run.iteration, run.D_prev, run.in_flight = i + 1, D_prev, list(env.running.values())
+        run.iteration, run.D_prev, run.in_flight = i + 1, D_prev, [a for a, _ in env.running]
         stats |= dict(sample_s=sampled - began, execute_s=executed - sampled,
                       update_s=time.monotonic() - executed)
         run.log(batch, lost, iteration_metrics(i, batch, lost, x, w, returns, stats, env))
@@ -812,12 +813,14 @@ class Environment:
             if cfg.drop_leaks:
                 grade.drop_columns(task["public"], task["leaks"])
         self.copies = lambda attempts: ((a, "") for a in attempts)  # or lm_copies
-        self.running = {}  # future of its result -> attempt
+        self.running = []  # (attempt, future of its result), oldest first
 
     def submit(self, attempts):
         """Queue attempts as they come. Does not wait for executions."""
         for a, copied in self.copies(attempts):
-            self.running[self.pool.submit(self.step, a, copied)] = a
+            same = [f for b, f in self.running if b.task == a.task and b.code == a.code and b.plan]
+            a.reused = bool(self.cfg.reuse and a.plan and same)
+            self.running += [(a, same[0] if a.reused else self.pool.submit(self.step, a, copied))]
 
     def step(self, a, copied=""):
         """Instrument, execute, grade and reward an attempt, in a thread: the fields that this
@@ -835,21 +838,20 @@ class Environment:
                 result |= dict(outcome="invalid_submission", reason=str(problem)[:300])
         return result | dict(R=reward(task, dataclasses.replace(a, **result), self.cfg))
 
-    def collect(self, B, i, keep, tick=lambda: None):
+    def collect(self, B, i, keep, tick=lambda n: None):
         """Wait until B executions complete (Alg. 1 l. 5). Returns (batch, lost); lost["infra"] and
         ["stale"]: attempts that failed by our fault, or over max_staleness updates old, which are
         never rewarded; ["killed"]: seconds that those killed without `keep` had run."""
         batch, lost = [], dict(infra=[], stale=[], killed=[])
         while len(batch) < B and self.running:
-            ended = concurrent.futures.wait(self.running, return_when="FIRST_COMPLETED").done
-            future = next(future for future in self.running if future in ended)  # the oldest
-            a = self.running.pop(future)
+            futures = [future for _, future in self.running]
+            ended = concurrent.futures.wait(futures, return_when="FIRST_COMPLETED").done
+            a, future = self.running.pop([f in ended for f in futures].index(True))  # the oldest
             vars(a).update(future.result())
-            if a.outcome == "infra" or i - a.version > self.cfg.max_staleness:
-                lost["infra" if a.outcome == "infra" else "stale"].append(a)
-            else:
-                batch.append(a)
-                tick()
+            old = i - a.version > self.cfg.max_staleness
+            where = lost["infra"] if a.outcome == "infra" else lost["stale"] if old else batch
+            where.append(a)
+            tick(where is batch)
         if not keep:
             lost["killed"] = self.cancel()
         if len(lost["infra"]) > 0.2 * (len(batch) + len(lost["infra"])):
@@ -859,7 +861,7 @@ class Environment:
 
     def cancel(self):
         """Kill everything in flight; returns the seconds each program had run."""
-        for future in self.running:
+        for _, future in self.running:
             future.cancel()
         self.running.clear()
         return self.pool.cancel()
@@ -982,11 +984,11 @@ def left(cfg, i):
     return 1 - (1 - cfg.anneal_to) * i / max(1, cfg.iterations)
 
 def crowding(attempts):
-    """Share of its task's attempts in a batch that are the same valid program, 0 for an invalid
-    one: (B,). A program that spreads at the expense of others, hardly worse, is to lose by it."""
-    same = collections.Counter((a.task, a.code) for a in attempts if a.valid)
+    """Share of its task's attempts in a batch with the same score, 0 for an invalid one: (B,). No
+    program, in whatever words, is to spread at the expense of others that are hardly worse."""
+    same = collections.Counter((a.task, a.score) for a in attempts if a.valid)
     n = collections.Counter(a.task for a in attempts)
-    return torch.tensor([same[a.task, a.code] * a.valid / n[a.task] for a in attempts])
+    return torch.tensor([same[a.task, a.score] * a.valid / n[a.task] for a in attempts])
 
 def shape_rewards(R, logp_old, logp_ref, mask, kl_coef):
     """Token rewards r_t = R [t = last] - kl_coef (log pi_old - log pi_ref) (Table 3, k1 estimator).
@@ -1077,10 +1079,9 @@ def update(learner, x, A, w, returns, cfg, i):
         return report["policy_loss"] - entropy_coef * report["entropy"], report
     learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left(cfg, i)
     learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left(cfg, i)
-    stats = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "update_kl", "grad_norm"))
     critic = optimize(learner.critic, learner.critic_opt, critic_loss, x.attempts, x.mask, cfg,
                       cfg.critic_grad_clip)
-    stats |= dict(value_loss=critic["value_loss"], critic_grad_norm=critic["grad_norm"])
+    stats = dict(value_loss=critic["value_loss"], critic_grad_norm=critic["grad_norm"])
     if i >= cfg.critic_warmup and A.any():
         stats |= optimize(learner.actor, learner.actor_opt, actor_loss, x.attempts, x.mask, cfg,
                           cfg.actor_grad_clip)
@@ -1226,7 +1227,7 @@ class Run:
                 row = {k: v for k, v in vars(a).items() if k not in hidden}
                 row |= dict(phase=phase, tokens=len(a.response_ids), standin=task["standin"])
                 file.write(json.dumps(row) + "\n")
-                self.executions += a.dt is not None
+                self.executions += a.dt is not None and not a.reused
                 if a.valid and a.score != old and grade.best(task, [a.score, old]) == a.score:
                     self.best[a.task] = a.score
                     for end, content in dict(py=a.code, csv=a.submission, json=row).items():
@@ -1299,7 +1300,7 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
         staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.running),
-        distinct=len({a.code for a in batch if a.code}),
+        distinct=len({a.code for a in batch if a.code}), reused=mean(a.reused for a in batch),
         tasks={t: summarize(env.D[t], [a for a in batch if a.task == t]) for t in env.D},
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         **variance_parts([a.R for a in batch], [a.valid for a in batch]),
@@ -1481,8 +1482,7 @@ def main(argv):
         import_torch()
         D = [grade.open_task(name.strip(), cfg.data_dir, cfg.raw or None, cfg.report_fold, cfg.seed)
              for name in (grade.load_tasks() if cfg.task == "all" else cfg.task.split(","))]
-        mode = run_program if cfg.mode == "run" else run_training
-        mode(cfg, {task["name"]: task for task in D})
+        (run_program if cfg.mode == "run" else run_training)(cfg, {task["name"]: task for task in D})
         return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)

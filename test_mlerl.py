@@ -948,7 +948,8 @@ def test_assemble_scores_with_actor_where_stale_reference_and_critic(learner, sa
 def test_crowding_costs_valid_programs_their_share_of_the_tasks_batch(learner):
     attempts, codes = random_attempts(10), "aaabbcaaad"
     for k, (a, code) in enumerate(zip(attempts, codes)):
-        a.code, a.task, a.outcome = code, "t" if k < 6 else "u", "ok" if k not in (2, 9) else "crash"
+        a.code, a.score = f"x = {k}\n", ord(code) / 128  # one score, whatever the words
+        a.task, a.outcome = "t" if k < 6 else "u", "ok" if k not in (2, 9) else "crash"
     shares = [2 / 6, 2 / 6, 0, 2 / 6, 2 / 6, 1 / 6, 3 / 4, 3 / 4, 3 / 4, 0]  # by hand
     assert mlerl.crowding(attempts).tolist() == pytest.approx(shares)
     x = mlerl.assemble(attempts, learner, config(crowding=0.3), 0)
@@ -1631,7 +1632,7 @@ def test_collect_takes_B_and_leaves_the_rest_in_flight(D, fakes):
     submit_all(env, [script(dt=k) for k in range(7)])
     batch, lost = env.collect(4, 0, keep=True)
     assert [a.id for a in batch] == [0, 1, 2, 3] and len(env.running) == 3
-    assert sorted(a.id for a in env.running.values()) == [4, 5, 6]
+    assert sorted(a.id for a, _ in env.running) == [4, 5, 6]
     assert lost == dict(infra=[], stale=[], killed=[])
     assert [a.dt for a in batch] == [0, 1, 2, 3]
 
@@ -1640,7 +1641,7 @@ def test_collect_first_kills_the_rest(D, fakes):
     env = environment(D)
     submit_all(env, [script(dt=k) for k in range(7)])
     batch, lost = env.collect(4, 0, keep=False)
-    assert len(batch) == 4 and env.running == {} and lost["killed"] == [0.5]
+    assert len(batch) == 4 and env.running == [] and lost["killed"] == [0.5]
 
 
 def test_stale_samples_are_dropped_and_counted(D, fakes):
@@ -1658,11 +1659,38 @@ def test_infra_is_left_out_and_counted_never_rewarded(D, fakes):
     assert [a.id for a in batch] == [0, 2, 3, 4, 5, 6] and [a.id for a in lost["infra"]] == [1]
 
 
+@pytest.mark.parametrize("reuse", [True, False])
+def test_copies_of_a_program_in_flight_share_its_one_execution(D, fakes, reuse):
+    """Not with one of another task, one that an update has consumed, or one without a plan, which is none."""
+    D["other"] = dict(D[TASK], name="other")
+    env, first, second = environment(D, reuse=reuse), script(dt=2.0), script(dt=3.0)
+    made = [attempt(code, id=k) for k, code in enumerate([first, second, first, first, first])]
+    made[3].task, made[4].plan = "other", ""
+    env.submit(made[:2])  # in flight from an earlier call
+    env.submit(made[2:])
+    batch, _ = env.collect(5, 0, keep=True)
+    assert [a.id for a in batch] == [0, 1, 2, 3, 4]
+    assert [a.reused for a in batch] == [False, False, reuse, False, False]
+    assert [a.dt for a in batch] == [2.0, 3.0, 2.0, 2.0, None]
+    assert batch[2].R == batch[0].R and batch[2].submission and batch[4].outcome == "no_code"
+    assert FakePool.last.submitted == ([first, second, first] if reuse else [first, second, first, first])
+    env.submit([attempt(first, id=5)])  # the others are gone
+    (again,), _ = env.collect(1, 1, keep=True)
+    assert not again.reused and len(FakePool.last.submitted) == (4 if reuse else 5)
+    assert not mlerl.Config().reuse  # the paper runs every one
+
+
+def test_executions_shared_are_not_counted(D, tmp_path):
+    run = mlerl.Run(config(run=str(tmp_path / "run")), D)
+    run.log_attempts([attempt("x = 1\n", id=k, dt=1.0, outcome="crash", reused=k > 1) for k in range(5)], "train")
+    assert run.executions == 2
+
+
 def test_tick_counts_the_consumed(D, fakes):
     env, ticks = environment(D), []
     submit_all(env, [script()] * 3 + [script(outcome="infra")] + [script()] * 5)
-    env.collect(7, 0, keep=True, tick=lambda: ticks.append(1))
-    assert len(ticks) == 7
+    env.collect(7, 0, keep=True, tick=ticks.append)
+    assert sum(ticks) == 7
 
 
 def parts(policy, D, folder, sampler=None, seed=0, **changes):
