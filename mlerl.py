@@ -1079,9 +1079,10 @@ def update(learner, x, A, w, returns, cfg, i):
         return report["policy_loss"] - entropy_coef * report["entropy"], report
     learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left(cfg, i)
     learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left(cfg, i)
+    stats = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "update_kl", "grad_norm"))
     critic = optimize(learner.critic, learner.critic_opt, critic_loss, x.attempts, x.mask, cfg,
                       cfg.critic_grad_clip)
-    stats = dict(value_loss=critic["value_loss"], critic_grad_norm=critic["grad_norm"])
+    stats |= dict(value_loss=critic["value_loss"], critic_grad_norm=critic["grad_norm"])
     if i >= cfg.critic_warmup and A.any():
         stats |= optimize(learner.actor, learner.actor_opt, actor_loss, x.attempts, x.mask, cfg,
                           cfg.actor_grad_clip)
@@ -1097,9 +1098,8 @@ def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip):
     totals, steps = collections.Counter(), 0
     model.train()  # no dropout anywhere: this only lets checkpointing work
     for _ in range(cfg.ppo_epochs):
-        order = torch.randperm(len(attempts)).tolist()
-        for k in range(0, len(order), cfg.mini_batch):
-            mini = sorted(order[k:k + cfg.mini_batch])
+        for mini in torch.randperm(len(attempts)).split(cfg.mini_batch):
+            mini = sorted(mini.tolist())
             c_all = torch.zeros(mask.shape)
             c_all[mini] = token_weights(mask[mini], cfg.loss_agg)             # (B, T)
             for rows in micro_batches(attempts, mini, cfg.micro_batch):
@@ -1482,7 +1482,7 @@ def main(argv):
         import_torch()
         D = [grade.open_task(name.strip(), cfg.data_dir, cfg.raw or None, cfg.report_fold, cfg.seed)
              for name in (grade.load_tasks() if cfg.task == "all" else cfg.task.split(","))]
-        (run_program if cfg.mode == "run" else run_training)(cfg, {task["name"]: task for task in D})
+        (run_program if cfg.program else run_training)(cfg, {task["name"]: task for task in D})
         return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -2108,7 +2108,7 @@ def test_one_command_trains_evaluates_and_draws(command, monkeypatch, tmp_path, 
     assert {a["kind"] for a in attempts if a["phase"] in PHASES[:2]} == {"solve"}
     scratch = {a["id"] for a in attempts if a["phase"] == "trained_scratch" and a["outcome"] == "ok"}
     assert {a["parent"] for a in attempts if a["phase"] == "trained_improve"} <= scratch
-    assert found["executions"] == sum(a["dt"] is not None for a in attempts)
+    assert found["executions"] == sum(a["dt"] is not None and not a["reused"] for a in attempts)
     assert found["standin"] is True and found["report_fold"] == 0
     assert {"medal", "paper"} <= set(found) and found["paper"]["Table 1"]
     assert (run / "figures").is_dir() and list((run / "figures").glob("*.png"))
