@@ -82,7 +82,7 @@ class Config:
     drop_leaks: bool = False  # hide columns known to give the label away (tasks.json)
     report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
     lr: Size = 1e-5  # actor (Table 3)
-    anneal_to: Share = 1.0  # share of lr, crowding, entropy_target left at iteration N (1: Table 3)
+    anneal_to: Share = 1.0  # share of lr and crowding left at iteration N (1: Table 3); see left()
     critic_lr: Size = 1e-5  # critic (Table 3)
     critic_init_std: Size = 0.02  # of the critic's new head
     critic_warmup: Index = 0  # first iterations that update the critic only (CHOICE)
@@ -122,7 +122,7 @@ TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_ev
             iterations=64, batch_size=64, mini_batch=32, micro_batch=4, max_prompt_tokens=384,
             max_response_tokens=256, instrument="ast", reward="bounded", duration="none", lr=2e-4,
             anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-            entropy_coef=0.15, entropy_target=0.2, crowding=0.3, kl_coef=0.005, timeout=20.0,
+            entropy_coef=0.15, entropy_target=0.3, crowding=0.3, kl_coef=0.005, timeout=20.0,
             cpu_limit=15.0, memory_gb=2.0, disk_mb=64, kv_cache_gb=0.5, reuse=True)
 
 @dataclasses.dataclass
@@ -980,7 +980,7 @@ def assemble(attempts, learner, cfg, i):
         V=score_tokens(learner.critic, attempts, cfg, response_values)[0])
 
 def left(cfg, i):
-    """Share that is left at update i of learning rates, crowding and the entropy's target."""
+    """Share that is left at update i of learning rates and crowding; squared, of entropy_target."""
     return 1 - (1 - cfg.anneal_to) * i / max(1, cfg.iterations)
 
 def crowding(attempts):
@@ -1063,7 +1063,7 @@ def update(learner, x, A, w, returns, cfg, i):
     """PPO epochs over the batch, critic then actor (Table 3). Returns means over optimizer steps.
     The actor is left alone while the critic warms up and where no advantage is left (CHOICE)."""
     H = -float((token_weights(x.mask, cfg.loss_agg) * x.logp_prox).sum())  # estimates the entropy
-    entropy_coef = cfg.entropy_coef * (H < left(cfg, i) * cfg.entropy_target)
+    entropy_coef = cfg.entropy_coef * (H < left(cfg, i) ** 2 * cfg.entropy_target)
     def critic_loss(rows, ids, attention, mask, c):
         V = response_values(learner.critic, ids, attention, mask, cfg)        # (b, T)
         loss = value_loss(V, like(V, x.V, rows), like(V, returns, rows), cfg)

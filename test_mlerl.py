@@ -861,7 +861,7 @@ def test_above_its_falling_target_the_batchs_entropy_earns_no_bonus(learner, los
     loss = slow_update_losses(learner, x, A, w, G, dataclasses.replace(
         cfg, entropy_coef=cfg.entropy_coef if near > 1 else 0.0))[0]
     oracle = grads(loss, learner.actor)
-    _, actor, _ = step(learner, x, A, w, G, dataclasses.replace(cfg, entropy_target=near * H / left), i)
+    _, actor, _ = step(learner, x, A, w, G, dataclasses.replace(cfg, entropy_target=near * H / left ** 2), i)
     close({name: moved / left for name, moved in actor.items()}, oracle, 1e-4)  # so does lr
 
 
