@@ -1066,8 +1066,8 @@ def update(learner, x, A, w, returns, cfg, i):
     entropy_coef = cfg.entropy_coef * (H < left(cfg, i) ** 2 * cfg.entropy_target)
     def critic_loss(rows, ids, attention, mask, c):
         V = response_values(learner.critic, ids, attention, mask, cfg)        # (b, T)
-        loss = value_loss(V, like(V, x.V, rows), like(V, returns, rows), cfg)
-        return (c * loss).sum(), {"value_loss": (c * loss).sum()}
+        loss = (c * value_loss(V, like(V, x.V, rows), like(V, returns, rows), cfg)).sum()
+        return loss, {"value_loss": loss}
     def actor_loss(rows, ids, attention, mask, c):
         logp, entropy = response_logprobs(learner.actor, ids, attention, mask, cfg)  # (b, T)
         prox, old = like(logp, x.logp_prox, rows), like(logp, x.logp_old, rows)
