@@ -99,7 +99,7 @@ def snippet(task, width):
 # {a | b} stands for one of its options, {T} for a text column. LIMIT is the most groups of numeric
 # columns that a model of each level gets, no matter what scores well: simple learners may have
 # many, strong ones few. What combines both is nowhere in the corpus, though each of its lines is.
-LIMIT, SIZE = (4, 1, 1, 1, 0), 5  # SIZE: most features of any kind
+LIMIT, WEIGHT, SIZE = (4, 1, 1, 1, 0), (3, 2, 2, 2, 8), 5  # SIZE: most features of any kind
 P_CONSTANT, P_CHECK, P_BUG, N_BUGS = 0.04, 0.25, 0.88, (1, 2, 2, 3)  # bugs, if it has any
 SCALED = "make_pipeline({StandardScaler() | QuantileTransformer()}"
 MODELS = (  # level (raw or scaled columns, ensembles, slow ones), words of the plan, expression
@@ -239,7 +239,7 @@ def draw(rng, task):
     if rng.random() < P_CONSTANT or not models:
         plan, prediction = rng.choice(constants)
         return dict(model=None, plan=plan, constant=pick(rng, prediction, task))
-    model = rng.choices(models, [3 if level == 0 else 2 for level, *_ in models])[0]
+    model = rng.choices(models, [WEIGHT[level] for level, *_ in models])[0]
     spec = dict(model=(*model[:2], pick(rng, model[2], task)), features=[], plan=rng.choice(PLANS),
                 check=rng.random() < P_CHECK * (len(task["targets"]) < 9))  # enough rows a class
     if model[0] == 4:
