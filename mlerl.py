@@ -117,14 +117,13 @@ class Config:
     eval_samples: Count = 128  # samples of an evaluation (Sec. 4.1)
     save_every: Count = 10  # iterations between checkpoints (CHOICE)
 
-# CHOICE: the tiny policy's settings; README gives the reasons.
-TINY = dict(model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1,
-            iterations=48, batch_size=64, mini_batch=32, micro_batch=4, oversample=1.25,
-            max_prompt_tokens=384, max_response_tokens=256, top_p=0.999, instrument="ast",
-            reward="bounded", duration="none", lr=2e-4, anneal_to=0.15, critic_lr=1e-3,
-            critic_init_std=0.0, critic_warmup=1, ppo_epochs=2, entropy_coef=0.15,
-            entropy_target=0.25, crowding=0.3, kl_coef=0.005, timeout=20.0, cpu_limit=15.0,
-            memory_gb=2.0, disk_mb=64, reuse=True)
+TINY = dict(  # CHOICE: the tiny policy's settings; README gives the reasons
+    model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1, iterations=48,
+    batch_size=64, mini_batch=32, micro_batch=4, oversample=1.25, max_prompt_tokens=384,
+    max_response_tokens=256, top_p=0.999, instrument="ast", reward="bounded", duration="none",
+    lr=2e-4, anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
+    entropy_coef=0.15, entropy_target=0.25, crowding=0.3, kl_coef=0.005, timeout=20.0,
+    cpu_limit=15.0, memory_gb=2.0, disk_mb=64, reuse=True)
 
 @dataclasses.dataclass
 class Attempt:
