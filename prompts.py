@@ -99,7 +99,7 @@ def snippet(task, width):
 # {a | b} stands for one of its options, {T} for a text column. LIMIT is the most groups of numeric
 # columns that a model of each level gets, no matter what scores well: simple learners may have
 # many, strong ones few. What combines both is nowhere in the corpus, though each of its lines is.
-LIMIT, WEIGHT, SIZE = (4, 1, 1, 1, 0), (3, 2, 2, 2, 8), 5  # SIZE: most features of any kind
+LIMIT, WEIGHT, SIZE = (4, 1, 1, 1, 0), (3, 2, 2, 2, 4), 5  # SIZE: most features of any kind
 P_CONSTANT, P_CHECK, P_BUG, N_BUGS = 0.04, 0.25, 0.88, (1, 2, 2, 3)  # bugs, if it has any
 SCALED = "make_pipeline({StandardScaler() | QuantileTransformer()}"
 MODELS = (  # level (raw or scaled columns, ensembles, slow ones), words of the plan, expression
@@ -124,9 +124,9 @@ MODELS = (  # level (raw or scaled columns, ensembles, slow ones), words of the 
     (3, "an average of models", 'make_pipeline(QuantileTransformer(), VotingClassifier([("a", '
      'GradientBoostingClassifier(subsample=0.5, random_state=0)), ("b", {LogisticRegression(C=0.1)'
      ' | RandomForestClassifier(min_samples_leaf=5, random_state=0)})], voting="soft"))'))
-TERMS = ('{Count | Tfidf}Vectorizer({min_df=3 | ngram_range=(1, 2), min_df=2 | analyzer="char", '
-         'ngram_range=(2, 4), min_df=10})')
-SPARSE = tuple((4, f"{words} of terms", f"make_pipeline({TERMS}, {model})") for words, model in (
+TERMS = '{min_df=3 | ngram_range=(1, 2), min_df=2 | analyzer="char", ngram_range=(2, 4), min_df=10}'
+SPARSE = tuple((4, f"{words} of {what}", f"make_pipeline({name}Vectorizer({TERMS}), {model})")
+               for what, name in (("counts", "Count"), ("terms", "Tfidf")) for words, model in (
     ("naive Bayes", "MultinomialNB(alpha={0.03 | 0.1 | 0.3 | 1.0})"),
     ("logistic regression", "LogisticRegression(C={0.1 | 1.0 | 10.0})"),
     ("ridge regression", 'Ridge(alpha={0.3 | 1.0 | 3.0}, solver="lsqr")')))
