@@ -3501,6 +3501,18 @@ def test_corpus_strong_learners_never_meet_many_groups_of_columns():
             assert sum(groups for *_, groups in spec["features"]) <= 1
 
 
+@pytest.mark.parametrize("short", ["insults", "spooky"])
+def test_corpus_plans_of_text_only_tasks_name_the_vectorizer_and_a_third_use_one(short):
+    t, rng, whole = task(short), random.Random(2), 0
+    for spec in (prompts.draw(rng, t) for _ in range(1000)):
+        plan, stages = prompts.render(t, spec)
+        model = stages.get("model", "")  # a feature may weigh terms, too: that is not the model
+        assert ("CountVectorizer" in model) == (" of counts" in plan)
+        assert ("TfidfVectorizer" in model) == (" of terms" in plan)
+        whole += "Vectorizer" in model
+    assert 250 < whole < 450
+
+
 def test_corpus_programs_without_bugs_are_valid_on_every_task(standins, tmp_path):
     cfg = config(run=str(tmp_path / "run"), workers=2, timeout=40, cpu_limit=8, memory_gb=2.0,
                  instrument="ast")
