@@ -99,7 +99,7 @@ def snippet(task, width):
 # {a | b} stands for one of its options, {T} for a text column. LIMIT is the most groups of numeric
 # columns that a model of each level gets, no matter what scores well: simple learners may have
 # many, strong ones few. What combines both is nowhere in the corpus, though each of its lines is.
-LIMIT, WEIGHT, SIZE = (4, 1, 1, 1, 0), (3, 2, 2, 2, 4), 5  # SIZE: most features of any kind
+LIMIT, WEIGHT, SIZE = (4, 1, 1, 1, 0), (3, 2, 2, 2, 4), 5  # WEIGHT: a level's odds; SIZE: features
 P_CONSTANT, P_CHECK, P_BUG, N_BUGS = 0.04, 0.25, 0.88, (1, 2, 2, 3)  # bugs, if it has any
 SCALED = "make_pipeline({StandardScaler() | QuantileTransformer()}"
 MODELS = (  # level (raw or scaled columns, ensembles, slow ones), words of the plan, expression
