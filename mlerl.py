@@ -409,6 +409,8 @@ WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["us
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 REMOVE = 'rm -rf "$0" || { sleep 1; chmod -R u+rwX "$0"; rm -rf "$0"; }'  # also closed folders
 MAX_FILES, MAX_SUBMISSION, FLOOD = 20000, 100 << 20, 64 << 20  # files, bytes, bytes
+FAILURES = dict(SyntaxError="syntax", IndentationError="syntax", TabError="syntax",
+                ImportError="import", ModuleNotFoundError="import", MemoryError="memory")
 PRELOAD = """pandas sklearn.compose sklearn.decomposition sklearn.ensemble sklearn.linear_model
     sklearn.feature_extraction.text sklearn.model_selection sklearn.naive_bayes sklearn.neighbors
     sklearn.neural_network sklearn.svm lightgbm xgboost torch""".split()
@@ -419,11 +421,6 @@ def libc(name, *args):
     if (value := getattr(ctypes.CDLL(None, use_errno=True), name)(*args)) == -1:
         raise OSError(ctypes.get_errno(), f"{name} failed")
     return value
-
-def new_mount(folder, megabytes):
-    """An empty file system in memory over a folder: no device files, no setuid."""
-    libc("mount", b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4,
-         b"mode=1777,size=%dm,nr_inodes=%d" % (megabytes, MAX_FILES))
 
 def landlock(readable, writable):
     """Restrict this process for good to these paths (Linux 5.13), no TCP (6.7), signals (6.12)."""
@@ -451,7 +448,6 @@ def enter_box(job):
     if "namespaces" in job.walls:
         mount_setattr, recursive, read_only = 442, 0x8000, struct.pack("QQQQ", 1, 0, 0, 0)
         libc("syscall", mount_setattr, -100, b"/", recursive, read_only, 32)
-        new_mount("/run", 1)  # the sockets of services
     gc.freeze()  # the collector must not touch, hence copy, pages that forks share
 
 def drop_rights(job, slot):
@@ -476,15 +472,15 @@ def drop_rights(job, slot):
         libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
         libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc
 
-def become_program(job, work, output):
+def become_program(job, slot, output):
     """Run program.py in this forked process as `python -u program.py` would. Never returns."""
     os.setsid()
     os.nice(10)  # the worker, which must be able to stop it, comes first
-    os.chdir(work)
-    os.environ.update(HOME=str(work), TMPDIR=f"{work}/tmp")
+    work = os.getcwd()
+    os.environ.update(HOME=work, TMPDIR=f"{work}/tmp")
     for fd, source in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
         os.dup2(source, fd)
-    drop_rights(job, work.parent)
+    drop_rights(job, slot)
     os.closerange(3, 1024)  # a fork inherits everything
     if not job.forked:
         os.execv(sys.executable, [sys.executable, "-u", "program.py"])
@@ -493,10 +489,10 @@ def become_program(job, work, output):
             sys.modules[module].seed()
     for finalizer in list(weakref.finalize._registry):
         finalizer.atexit = False  # torch's would take 25 ms
-    sys.path.insert(0, str(work))
+    sys.path.insert(0, work)
     sys.argv = ["program.py"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")  # as pickling expects
-    main.__file__, status = str(work / "program.py"), 1
+    main.__file__, status = f"{work}/program.py", 1
     try:
         code = pathlib.Path(main.__file__).read_bytes()
         exec(compile(code, main.__file__, "exec", dont_inherit=True), main.__dict__)
@@ -535,50 +531,55 @@ def watch(job, pid):
             return None, "cancelled"
     return None, "timeout"
 
+@contextlib.contextmanager
+def new_box(job, slot):
+    """Make a work folder, the current one until it is removed with all that a program left."""
+    in_memory = [slot, "/dev/shm", "/run"] if "namespaces" in job.walls else []  # hides services
+    for folder in in_memory:
+        libc("mount", b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4,  # no setuid, no device files
+             b"mode=1777,size=%dm,nr_inodes=%d" % (job.disk_mb, MAX_FILES))
+    (slot / "work/tmp").mkdir(parents=True)
+    os.chdir(slot / "work")  # whatever a program puts in its place
+    pathlib.Path("program.py").write_bytes(job.code.encode(errors="replace"))
+    pathlib.Path(job.task).symlink_to(pathlib.Path(job.public, job.task))
+    for path in (".", "tmp", "program.py") if "user id" in job.walls else ():
+        os.chown(path, job.uid, job.uid)
+    yield
+    os.chdir("/")
+    for folder in in_memory:
+        libc("umount2", os.fsencode(folder), 2)  # MNT_DETACH
+    if not in_memory:
+        aside(f"{REMOVE}; find /dev/shm -mindepth 1 -user {job.uid} -delete", slot / "work")
+
 def execute(job, slot):
     """Run one program in a new work folder; returns what the Attempt is to hold of it.
     "ok": ended without error and left a submission, which is in base64. No word of the output is
     believed: forging one may change the name of a program's failure, never make it a success."""
-    for where in (slot, "/dev/shm") if "namespaces" in job.walls else ():
-        new_mount(where, job.disk_mb)
-    work = slot / "work"
-    (work / "tmp").mkdir(parents=True)
-    (work / "program.py").write_bytes(job.code.encode(errors="replace"))
-    (work / job.task).symlink_to(pathlib.Path(job.public, job.task))
-    for path in (work, work / "tmp", work / "program.py") if "user id" in job.walls else ():
-        os.chown(path, job.uid, job.uid)
-    folder = os.open(work, os.O_DIRECTORY)  # whatever a program puts in its place
-    with tempfile.TemporaryFile(dir=slot) as output:
-        spent, began, pid = os.times(), time.monotonic(), os.fork()
+    with new_box(job, slot), tempfile.TemporaryFile(dir=slot) as output:
+        began, pid = time.monotonic(), os.fork()
         if pid == 0:
             try:
-                become_program(job, work, output.fileno())
+                become_program(job, slot, output.fileno())
             finally:
                 os._exit(77)
-        try:
-            status, why = watch(job, pid)
-            dt = job.timeout if why == "timeout" else time.monotonic() - began
-        finally:
-            kill_all(job, pid)
+        status, why = watch(job, pid)
+        dt = job.timeout if why == "timeout" else time.monotonic() - began
+        kill_all(job, pid)
         output.seek(0)
         text, marks = read_output(output.read(FLOOD), job.secret.encode(), job.output_kb << 10)
-    data = read_submission(folder) if status == 0 else None
-    os.close(folder)
-    if not why and status:
-        cpu = sum(os.times()[2:4]) - sum(spent[2:4])
-        late = status in (-signal.SIGXCPU, -signal.SIGKILL) and cpu >= job.cpu_limit - 1
-        why = "timeout" if late else name_failure(text)
-    return dict(outcome=why or ("no_submission" if data is None else "ok"), exit=status, dt=dt,
-                output=text.replace(f"{work}/", ""), marks=marks,
+        data = read_submission() if status == 0 else None
+    return dict(outcome=why or name_outcome(status, text, data), exit=status, dt=dt,
+                output=text.replace(f"{slot}/work/", ""), marks=marks,
                 submission=base64.b64encode(data or b"").decode())
 
-def name_failure(text):
-    """The outcome's word for an uncaught exception, from the traceback at the end of the output."""
+def name_outcome(status, text, data):
+    """A word for how a program ended; for a failure from the traceback at the end of its output."""
+    if status == 0:
+        return "no_submission" if data is None else "ok"
+    if status == -signal.SIGXCPU:
+        return "timeout"
     error = (re.findall(r"^([\w.]*(?:Error|Exception|Interrupt))(?::|$)", text, re.M) or [""])[-1]
-    if error in ("SyntaxError", "IndentationError", "TabError"):
-        return "crash" if "Traceback (" in text else "syntax"
-    return ("import" if error in ("ImportError", "ModuleNotFoundError") else
-            "memory" if error.endswith("MemoryError") else "crash")
+    return next((word for end, word in FAILURES.items() if error.endswith(end)), "crash")
 
 def read_output(data, secret, limit):
     """(head and tail of what a program printed, without the secret; the marks in all of it)."""
@@ -590,25 +591,15 @@ def read_output(data, secret, limit):
         data = data[:limit // 2] + cut + data[-limit // 2:]
     return data.decode(errors="replace"), [mark.decode(errors="replace") for mark in marks]
 
-def read_submission(folder):
+def read_submission():
     """Bytes of a submission; None for a link, FIFO, device, folder or gigantic file."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    with contextlib.suppress(OSError), open("submission.csv", "rb", opener=lambda name, _: os.open(
-            name, flags, dir_fd=folder)) as file:
+    with contextlib.suppress(OSError), open(os.open("submission.csv", flags), "rb") as file:
         info = os.fstat(file.fileno())
         if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION:
             return file.read()
 
-def clean(job, slot):
-    """Empty the box of what a program left."""
-    if "namespaces" in job.walls:
-        for where in (slot, "/dev/shm"):
-            libc("umount2", os.fsencode(where), 2)  # MNT_DETACH
-    else:
-        aside(REMOVE, slot / "work")
-        aside(f"find /dev/shm -mindepth 1 -user {job.uid} -delete" if job.walls else "")
-
-def aside(command, path="/"):
+def aside(command, path):
     """Run a shell command, in which $0 is the path, away from our pipes and from programs."""
     subprocess.run(["sh", "-c", command, path], cwd="/", stdin=subprocess.DEVNULL,
                    capture_output=True)
@@ -628,14 +619,11 @@ def worker():
     limits = [resource.getrlimit(k) for k in range(9)], os.nice(0)
     for line in filter(bytes.strip, sys.stdin.buffer):
         job = types.SimpleNamespace(**json.loads(line))
-        job.uid = job.uid if "user id" in job.walls else os.getuid()
         try:
             boxed = boxed or not enter_box(job)
-            result = execute(job, slot)
-            clean(job, slot)
+            print(json.dumps(execute(job, slot)), flush=True)  # kept nowhere: the next forks
         except OSError as error:
-            result = dict(outcome="infra", output=str(error))
-        result = print(json.dumps(result), flush=True)  # None: the next fork does not inherit it
+            print(json.dumps(dict(outcome="infra", output=str(error))), flush=True)
         if limits != ([resource.getrlimit(k) for k in range(9)], os.nice(0)):
             return  # a program of our own user id changed them
 
