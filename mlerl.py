@@ -509,27 +509,27 @@ def become_program(job, slot, output):
     gc.collect()
     os._exit(status & 255)
 
-def kill_all(job, first):
-    """Kill and reap all that a program left, at one stroke: a sweep would miss what forks."""
-    if os.getpid() != 1 and "user id" in job.walls:
+def see_out(job, pid):
+    """Wait until a program's first process ends or must end; then kill and reap all that is left:
+    (exit status or None, why, seconds)."""
+    began, ended, why = time.monotonic(), 0, ""
+    while ended != pid and not why:
+        if select.select([0], [], [], 0.002)[0]:
+            why = "cancelled"  # the trainer wants it no more, or is gone
+        elif time.monotonic() > began + job.timeout:
+            why = "timeout"
+        else:
+            ended, status = os.waitpid(-1, os.WNOHANG)  # the program, or an orphan of it
+    dt = job.timeout if why == "timeout" else time.monotonic() - began
+    if os.getpid() != 1 and "user id" in job.walls:  # at one stroke: a sweep would miss what forks
         kill_user(job.uid)
     else:
         with contextlib.suppress(ProcessLookupError):  # the namespace, else the program's group
-            os.kill(-1 if os.getpid() == 1 else -first, signal.SIGKILL)
+            os.kill(-1 if os.getpid() == 1 else -pid, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         while True:
             os.waitpid(-1, 0)  # orphans are our children, since we are process 1 or a subreaper
-
-def watch(job, pid):
-    """Wait until the program's first process ends or must end: (exit status or None, why)."""
-    began = time.monotonic()
-    while time.monotonic() < began + job.timeout:
-        ended, status = os.waitpid(-1, os.WNOHANG)  # the program, or an orphan of it
-        if ended == pid:
-            return os.waitstatus_to_exitcode(status), ""
-        if select.select([0], [], [], 0.002)[0]:  # the trainer wants it no more, or is gone
-            return None, "cancelled"
-    return None, "timeout"
+    return None if why else os.waitstatus_to_exitcode(status), why, dt
 
 @contextlib.contextmanager
 def new_box(job, slot):
@@ -549,22 +549,21 @@ def new_box(job, slot):
     for folder in in_memory:
         libc("umount2", os.fsencode(folder), 2)  # MNT_DETACH
     if not in_memory:
-        aside(f"{REMOVE}; find /dev/shm -mindepth 1 -user {job.uid} -delete", slot / "work")
+        subprocess.run(["sh", "-c", REMOVE, slot / "work"])
+        subprocess.run(["find", "/dev/shm", "-user", str(job.uid), "-delete"])
 
 def execute(job, slot):
     """Run one program in a new work folder; returns what the Attempt is to hold of it.
     "ok": ended without error and left a submission, which is in base64. No word of the output is
     believed: forging one may change the name of a program's failure, never make it a success."""
     with new_box(job, slot), tempfile.TemporaryFile(dir=slot) as output:
-        began, pid = time.monotonic(), os.fork()
+        pid = os.fork()
         if pid == 0:
             try:
                 become_program(job, slot, output.fileno())
             finally:
                 os._exit(77)
-        status, why = watch(job, pid)
-        dt = job.timeout if why == "timeout" else time.monotonic() - began
-        kill_all(job, pid)
+        status, why, dt = see_out(job, pid)
         output.seek(0)
         text, marks = read_output(output.read(FLOOD), job.secret.encode(), job.output_kb << 10)
         data = read_submission() if status == 0 else None
@@ -593,21 +592,16 @@ def read_output(data, secret, limit):
 
 def read_submission():
     """Bytes of a submission; None for a link, FIFO, device, folder or gigantic file."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    with contextlib.suppress(OSError), open(os.open("submission.csv", flags), "rb") as file:
+    plain = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with contextlib.suppress(OSError), open("submission.csv", "rb", opener=plain) as file:
         info = os.fstat(file.fileno())
         if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION:
             return file.read()
 
-def aside(command, path):
-    """Run a shell command, in which $0 is the path, away from our pipes and from programs."""
-    subprocess.run(["sh", "-c", command, path], cwd="/", stdin=subprocess.DEVNULL,
-                   capture_output=True)
-
 def kill_user(uid):
     """Kill all processes of a user at one stroke, with ids that they cannot signal."""
     code = f"import os; os.setresuid({uid // 2}, {uid}, {uid // 2}); os.kill(-1, 9)"
-    aside(f'"$0" -ISc "{code}"', sys.executable)
+    subprocess.run([sys.executable, "-ISc", code], stderr=subprocess.DEVNULL)
 
 def worker():
     """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
@@ -627,20 +621,20 @@ def worker():
         if limits != ([resource.getrlimit(k) for k in range(9)], os.nice(0)):
             return  # a program of our own user id changed them
 
-CLAIMS = ("private answers", "the trainer", "files outside its folder", "network")  # two decide
 PROBE = """
-import os, resource, socket, wave  # the last one anew: the libraries must be readable
-attacks = [(0, os.open, path, os.O_RDONLY) for path in {answers!r}]
-attacks += [(2, os.listdir, path) for path in {home!r}]
-attacks += [(1, os.kill, {pid}, 0), (1, open, "/proc/{pid}/environ"), (2, os.utime, {file!r}),
-            (1, resource.prlimit, {pid}, resource.RLIMIT_CORE),
-            (3, socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))]
-for claim, act, *args in attacks:
-    try:
-        act(*args)
-        print("broken", claim)
-    except OSError:
-        pass
+import contextlib, os, resource, socket, wave  # the last one anew: libraries must be readable
+for claim, attacks in [
+        ("private answers", [(os.open, path, os.O_RDONLY) for path in {answers!r}]),
+        ("the trainer", [(os.kill, {pid}, 0), (open, "/proc/{pid}/environ"),
+                         (resource.prlimit, {pid}, resource.RLIMIT_CORE)]),
+        ("files outside its folder", [(os.utime, {stage!r}), *((os.listdir, f) for f in {home!r})]),
+        ("network", [(socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))])]:
+    reached = "out of"
+    for act, *arguments in attacks:
+        with contextlib.suppress(OSError):
+            act(*arguments)
+            reached = "NOT out of"
+    print(reached, "their reach:", claim)
 import pandas, sklearn.linear_model
 sklearn.linear_model.LogisticRegression().fit([[0.0], [1.0]], [0, 1])
 open("submission.csv", "w").close()
@@ -658,7 +652,7 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         self.env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
                          GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # forks are faster
         self.env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-        self.stage, self.closing = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-")), False
+        self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
         self.janitor = subprocess.Popen(  # clears up when we end, however we end
             ["sh", "-c", f"cat; {REMOVE}", self.stage], stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL, start_new_session=True)
@@ -676,69 +670,62 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
 
     def choose(self, cfg, task, private):
         """Take the first walls that withstand PROBE, forking if that works; says what holds."""
-        file = self.stage / "file"
-        answers = [str(p) for d in private for p in (d, *pathlib.Path(d).rglob("*"))]
-        code = PROBE.format(answers=answers + [cfg.raw] * bool(cfg.raw), pid=os.getpid(),
-                            file=str(file),
+        answers = [os.path.abspath(p) for d in private for p in (d, *pathlib.Path(d).rglob("*"))]
+        answers += [os.path.abspath(cfg.raw)] * bool(cfg.raw)
+        code = PROBE.format(answers=answers, pid=os.getpid(), stage=str(self.stage),
                             home=[os.path.expanduser("~"), os.path.abspath(cfg.run)])
-        usual, probe = self.job, dict(task=task, code=code, timeout=120, cpu_limit=60, memory_gb=4)
         for walls, forked in itertools.product(WALLS, (not cfg.fresh_interpreters, False)):
             if "user id" in walls and os.getuid():
                 continue
-            self.hang_up(self.slots[0])
-            file.touch()
-            self.job = usual | dict(walls=walls, forked=forked)
-            result = self.ask(self.slots[0], self.job | probe)
+            self.job |= dict(walls=walls, forked=forked)
+            result = self.run(task, code, timeout=120, cpu_limit=60, memory_gb=4)
             if result["outcome"] == "timeout":  # says nothing about walls, and must not weaken them
                 break
-            broken = {int(k) for k in re.findall(r"broken (\d)", result["output"])}
-            if result["outcome"] == "ok" and (cfg.unsafe_exec or not broken & {0, 1}):
+            report = result["output"].splitlines()
+            if result["outcome"] == "ok" and (cfg.unsafe_exec or "NOT" not in "".join(report[:2])):
+                unlimited = ["memory that their processes share, or hold together"]
+                unlimited += ["the number of their files"] * ("namespaces" not in walls)
+                unlimited += ["the number of their processes"] * (
+                    not os.getuid() and "user id" not in walls)
                 return ["forked with the usual imports" if forked else "fresh interpreters",
-                        f"walls: {', '.join(walls) or 'none'}",
-                        *(f"{'NOT out' if k in broken else 'out'} of their reach: {claim}"
-                          for k, claim in enumerate(CLAIMS)),
-                        "NOT limited: memory that their processes share, or hold together",
-                        *["NOT limited: the number of their files"] * ("namespaces" not in walls),
-                        *["NOT limited: the number of their processes"] * (
-                            not os.getuid() and "user id" not in walls)]
+                        f"walls: {', '.join(walls) or 'none'}", *report,
+                        *(f"NOT limited: {what}" for what in unlimited)]
+            self.hang_up(self.free[-1])  # the worker is behind these walls for good
         raise UserError(f"programs cannot run safely here ({result['outcome']}: "
                         f"{result['output'][-200:]}): see README's table, or accept the risk with "
                         "--unsafe-exec")
 
-    def run(self, task, code):
-        """Execute a program, a second time where it failed by our fault; in a thread: it blocks."""
-        slot, job = self.free.pop(), self.job | dict(task=task, code=code)
-        try:
-            result = self.ask(slot, job)
-            again = result["outcome"] == "infra" and not self.closing
-            return self.ask(slot, job) if again else result
-        finally:
-            self.free.append(slot)
-
-    def ask(self, slot, job):
-        """Have a slot's worker execute a job: the fields that `execute` returns."""
-        slot.began = time.monotonic()
-        try:
-            slot.process = slot.process or self.start_worker(slot, job["walls"])
-            print(json.dumps(job | dict(uid=slot.uid)), file=slot.process.stdin, flush=True)
-            if not select.select([slot.process.stdout], [], [], job["timeout"] + 120)[0]:
-                raise TimeoutError("no answer")
-            result = json.loads(slot.process.stdout.readline())
-        except (OSError, ValueError) as error:
-            result = dict(outcome="infra", output=f"a worker died or did not start ({error})")
-        slot.began = None
-        if result["outcome"] == "infra":
+    def run(self, task, code, **limits):
+        """Execute a program, a second time where it failed by our fault: the fields that `execute`
+        returns. Blocks, so it is for threads."""
+        slot = self.free.pop()
+        job = self.job | dict(task=task, code=code, uid=slot.uid) | limits
+        for _ in range(2):
+            slot.began = time.monotonic()
+            try:
+                worker = slot.process = slot.process or self.start_worker(slot)
+                print(json.dumps(job), file=worker.stdin, flush=True)
+                if not select.select([worker.stdout], [], [], job["timeout"] + 120)[0]:
+                    raise TimeoutError("no answer")
+                result = json.loads(worker.stdout.readline())
+            except (OSError, ValueError) as error:
+                result = dict(outcome="infra", output=f"a worker died or did not start ({error})")
+            if result["outcome"] != "infra":
+                break
             self.hang_up(slot)
+        slot.began = None
+        self.free.append(slot)
         return result | dict(submission=base64.b64decode(result.get("submission", "")))
 
-    def start_worker(self, slot, walls):
+    def start_worker(self, slot):
         """A worker in a clean environment and perhaps in its own namespaces."""
-        aside(REMOVE, slot.folder)  # of a worker that died
+        subprocess.run(["sh", "-c", REMOVE, slot.folder])  # of a worker that died
         slot.folder.mkdir(mode=0o711)
         command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
-        if "namespaces" in walls:
+        if "namespaces" in self.job["walls"]:
             unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
-            command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
+            mapped = ["--map-root-user"] * ("user id" not in self.job["walls"])
+            command = unshare + mapped + command
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True,
                                 cwd=slot.folder, env=self.env, start_new_session=True)
@@ -765,10 +752,10 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
 
     def close(self):
         """End all workers and what they run."""
-        self.closing = True
         self.shutdown(wait=False, cancel_futures=True)
-        with concurrent.futures.ThreadPoolExecutor(len(self.slots)) as threads:
-            list(threads.map(self.hang_up, self.slots))
+        while any(slot.process or slot.began for slot in self.slots):  # also one that starts now
+            list(concurrent.futures.ThreadPoolExecutor(len(self.slots)).map(
+                self.hang_up, self.slots))
         self.shutdown()
         self.janitor.communicate()
 
