@@ -450,7 +450,7 @@ def enter_box(job):
         libc("syscall", mount_setattr, -100, b"/", recursive, read_only, 32)
     gc.freeze()  # the collector must not touch, hence copy, pages that forks share
 
-def drop_rights(job, slot):
+def drop_rights(job):
     """Build the walls of a program around this process, for good."""
     # DATA, not AS: numpy reserves addresses that it never touches. NPROC counts all of a user's.
     procs = job.max_procs + 4096 * (not job.walls)
@@ -463,7 +463,7 @@ def drop_rights(job, slot):
         system = """/usr /bin /lib /lib64 /proc /sys /etc/alternatives /etc/fonts /etc/group
             /etc/passwd /etc/ld.so.cache /etc/localtime /etc/nsswitch.conf""".split()
         landlock([*system, *map(os.path.realpath, filter(None, sys.path)), sys.prefix,
-                  sys.base_prefix, job.public], [str(slot), *devices, *gpus])
+                  sys.base_prefix, job.public], [".", *devices, *gpus])
     if "user id" in job.walls:
         os.setgroups([])
         os.setresgid(*[job.uid] * 3)
@@ -472,7 +472,7 @@ def drop_rights(job, slot):
         libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
         libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc
 
-def become_program(job, slot, output):
+def become_program(job, output):
     """Run program.py in this forked process as `python -u program.py` would. Never returns."""
     os.setsid()
     os.nice(10)  # the worker, which must be able to stop it, comes first
@@ -480,15 +480,13 @@ def become_program(job, slot, output):
     os.environ.update(HOME=work, TMPDIR=f"{work}/tmp")
     for fd, source in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
         os.dup2(source, fd)
-    drop_rights(job, slot)
+    drop_rights(job)
     os.closerange(3, 1024)  # a fork inherits everything
     if not job.forked:
         os.execv(sys.executable, [sys.executable, "-u", "program.py"])
-    for module in ("numpy.random", "torch.random"):
-        if module in sys.modules:  # else all forks would draw the same numbers
-            sys.modules[module].seed()
-    for finalizer in list(weakref.finalize._registry):
-        finalizer.atexit = False  # torch's would take 25 ms
+    for name in sys.modules.keys() & {"numpy.random", "torch.random"}:
+        sys.modules[name].seed()  # else all forks would draw the same numbers
+    weakref.finalize._registry.clear()  # torch's would take 25 ms
     sys.path.insert(0, work)
     sys.argv = ["program.py"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")  # as pickling expects
@@ -560,12 +558,13 @@ def execute(job, slot):
         pid = os.fork()
         if pid == 0:
             try:
-                become_program(job, slot, output.fileno())
+                become_program(job, output.fileno())
             finally:
                 os._exit(77)
         status, why, dt = see_out(job, pid)
         output.seek(0)
-        text, marks = read_output(output.read(FLOOD), job.secret.encode(), job.output_kb << 10)
+        text = output.read(FLOOD).decode(errors="replace")
+        text, marks = read_output(text, job.secret, job.output_kb << 10)
         data = read_submission() if status == 0 else None
     return dict(outcome=why or name_outcome(status, text, data), exit=status, dt=dt,
                 output=text.replace(f"{slot}/work/", ""), marks=marks,
@@ -580,15 +579,15 @@ def name_outcome(status, text, data):
     error = (re.findall(r"^([\w.]*(?:Error|Exception|Interrupt))(?::|$)", text, re.M) or [""])[-1]
     return next((word for end, word in FAILURES.items() if error.endswith(end)), "crash")
 
-def read_output(data, secret, limit):
+def read_output(text, secret, limit):
     """(head and tail of what a program printed, without the secret; the marks in all of it)."""
     # One behind a quote is only a traceback's view of an inserted line.
-    marks = re.findall(rb"(?<!['\"])" + secret + rb" ([^\r\n]{0,200})", data)[:64]
-    data = re.sub(secret + b" ?", b"", data)
-    if len(data) > limit:
-        cut = f"\n... {len(data) - limit} bytes cut ...\n".encode()
-        data = data[:limit // 2] + cut + data[-limit // 2:]
-    return data.decode(errors="replace"), [mark.decode(errors="replace") for mark in marks]
+    marks = re.findall(rf"(?<!['\"]){secret} ([^\r\n]{{0,200}})", text)[:64]
+    text = re.sub(f"{secret} ?", "", text)
+    if len(text) > limit:
+        cut = f"\n... {len(text) - limit} characters cut ...\n"
+        text = text[:limit // 2] + cut + text[-limit // 2:]
+    return text, marks
 
 def read_submission():
     """Bytes of a submission; None for a link, FIFO, device, folder or gigantic file."""
@@ -648,9 +647,9 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         super().__init__(count := cfg.workers or CORES)
         threads = str(cfg.threads or max(1, CORES // count))
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
-        self.env = kept | {f"{name}_NUM_THREADS": threads for name in ("OMP", "OPENBLAS", "MKL")}
-        self.env |= dict(LANG="C.UTF-8", PYTHONHASHSEED="0",  # sets print alike in all workers
-                         GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # forks are faster
+        self.env = kept | dict(OMP_NUM_THREADS=threads, LANG="C.UTF-8",
+                               PYTHONHASHSEED="0",  # sets print alike in all workers
+                               GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # forks are faster
         self.env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
         self.janitor = subprocess.Popen(  # clears up when we end, however we end
@@ -661,22 +660,20 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
                                             process=None, began=None) for k in range(count)]
         self.free = self.slots.copy()
         self.job = dataclasses.asdict(cfg) | dict(secret=secret, public=str(self.stage / "public"))
-        self.stage.chmod(0o711)
         for task, folder in public.items():
             shutil.copytree(folder, self.stage / "public" / task / "prepared" / "public")
-        subprocess.run(["chmod", "-R", "u+rwX,go=rX", self.stage / "public"], check=True)
+        subprocess.run(["chmod", "-R", "u+rwX,go=rX", self.stage], check=True)
         self.report = [f"{count} at once, {threads} thread(s) each",
                        *self.choose(cfg, next(iter(public)), private)]
 
     def choose(self, cfg, task, private):
         """Take the first walls that withstand PROBE, forking if that works; says what holds."""
-        answers = [os.path.abspath(p) for d in private for p in (d, *pathlib.Path(d).rglob("*"))]
-        answers += [os.path.abspath(cfg.raw)] * bool(cfg.raw)
+        answers = [os.path.abspath(path) for folder in filter(None, [*private, cfg.raw])
+                   for path in (folder, *pathlib.Path(folder).rglob("*"))]
         code = PROBE.format(answers=answers, pid=os.getpid(), stage=str(self.stage),
                             home=[os.path.expanduser("~"), os.path.abspath(cfg.run)])
-        for walls, forked in itertools.product(WALLS, (not cfg.fresh_interpreters, False)):
-            if "user id" in walls and os.getuid():
-                continue
+        possible = [walls for walls in WALLS if "user id" not in walls or not os.getuid()]
+        for walls, forked in itertools.product(possible, (not cfg.fresh_interpreters, False)):
             self.job |= dict(walls=walls, forked=forked)
             result = self.run(task, code, timeout=120, cpu_limit=60, memory_gb=4)
             if result["outcome"] == "timeout":  # says nothing about walls, and must not weaken them
