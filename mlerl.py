@@ -678,8 +678,9 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
             result = self.run(task, code, timeout=120, cpu_limit=60, memory_gb=4)
             if result["outcome"] == "timeout":  # says nothing about walls, and must not weaken them
                 break
-            report = result["output"].splitlines()
-            if result["outcome"] == "ok" and (cfg.unsafe_exec or "NOT" not in "".join(report[:2])):
+            report = re.findall("(?:NOT )?out of their reach: .*", result["output"])
+            safe = "NOT" not in "".join(report[:2])  # the answers and the trainer
+            if result["outcome"] == "ok" and (safe or cfg.unsafe_exec):
                 unlimited = ["memory that their processes share, or hold together"]
                 unlimited += ["the number of their files"] * ("namespaces" not in walls)
                 unlimited += ["the number of their processes"] * (
@@ -700,7 +701,7 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         for _ in range(2):
             slot.began = time.monotonic()
             try:
-                worker = slot.process = slot.process or self.start_worker(slot)
+                worker = slot.process = slot.process or self.start_worker(slot, job["walls"])
                 print(json.dumps(job), file=worker.stdin, flush=True)
                 if not select.select([worker.stdout], [], [], job["timeout"] + 120)[0]:
                     raise TimeoutError("no answer")
@@ -714,15 +715,14 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         self.free.append(slot)
         return result | dict(submission=base64.b64decode(result.get("submission", "")))
 
-    def start_worker(self, slot):
+    def start_worker(self, slot, walls):
         """A worker in a clean environment and perhaps in its own namespaces."""
         subprocess.run(["sh", "-c", REMOVE, slot.folder])  # of a worker that died
         slot.folder.mkdir(mode=0o711)
         command = [sys.executable, "-u", os.path.abspath(__file__), "_worker"]
-        if "namespaces" in self.job["walls"]:
+        if "namespaces" in walls:
             unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
-            mapped = ["--map-root-user"] * ("user id" not in self.job["walls"])
-            command = unshare + mapped + command
+            command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True,
                                 cwd=slot.folder, env=self.env, start_new_session=True)
@@ -751,8 +751,8 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         """End all workers and what they run."""
         self.shutdown(wait=False, cancel_futures=True)
         while any(slot.process or slot.began for slot in self.slots):  # also one that starts now
-            list(concurrent.futures.ThreadPoolExecutor(len(self.slots)).map(
-                self.hang_up, self.slots))
+            with concurrent.futures.ThreadPoolExecutor(len(self.slots)) as threads:
+                list(threads.map(self.hang_up, self.slots))
         self.shutdown()
         self.janitor.communicate()
 
