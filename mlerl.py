@@ -12,14 +12,14 @@ pi, theta   policy, weights: `actor`             s, a     prompt; plan + program
 D, D_prev   tasks; solutions to be improved      R, dt    reward; seconds the program ran
 N, B, m     iterations, batch, oversampling      V, A, w  value, advantage, duration weight
 The paper's gamma is both a learning rate (Alg. 1) and a discount (Table 3): here `lr` and `gamma`.
-In shapes, B or b is sequences, T response tokens, P prompt tokens, d hidden size, n tokens.
+In shapes, B or b is sequences, T response tokens, L all of theirs, d hidden size, n tokens.
 `CHOICE:` marks what the paper leaves open, `DEVIATION:` what differs from it; `# §` finds sections.
 """
 from __future__ import annotations
 
 import ast, atexit, base64, collections, concurrent.futures, contextlib, copy, ctypes, dataclasses
-import fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math, os
-import pathlib, random, re, resource, secrets, select, shutil, signal, stat, struct
+import datetime, fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math
+import os, pathlib, random, re, resource, secrets, select, shutil, signal, stat, struct
 import subprocess, sys, tempfile, threading, time, types, weakref
 from typing import Annotated, Literal
 
@@ -31,14 +31,25 @@ from annotated_types import Interval
 import grade, prompts
 from grade import DataError as UserError  # what is wrong and what the user can do, in one line
 
+RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))  # processes of torchrun
+
 def import_torch():
-    """Bind the slow libraries as globals: `--help` and workers (§6) start without them."""
-    global checkpoint, torch, transformers
+    """Bind the slow libraries as globals: `--help` and workers (§6) start without them. Under
+    torchrun, meet the other processes, take a GPU, and leave the terminal to the first."""
+    global checkpoint, state_dict, torch, transformers
     import torch
     import transformers
+    from torch.distributed.checkpoint import state_dict
     from torch.utils.checkpoint import checkpoint
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        if cuda := torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
 
 # §1 Config and Attempt (Table 3) ------------------------------------------------------------------
 Count, Index = Annotated[int, Interval(ge=1, le=1e9)], Annotated[int, Interval(ge=0, le=1e9)]
@@ -82,22 +93,19 @@ class Config:
     drop_leaks: bool = False  # hide columns known to give the label away (tasks.json)
     report_fold: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # private rows kept for reporting
     lr: Size = 1e-5  # actor (Table 3)
-    anneal_to: Share = 1.0  # share of lr and crowding left at iteration N (1: Table 3); see left()
+    anneal_to: Share = 1.0  # share of the learning rates left at iteration N (1: Table 3)
     critic_lr: Size = 1e-5  # critic (Table 3)
     critic_init_std: Size = 0.02  # of the critic's new head
-    critic_warmup: Index = 0  # first iterations that update the critic only (CHOICE)
     weight_decay: Size = 0.01  # AdamW
     actor_grad_clip: Positive = 1.0  # norm (Table 3)
     critic_grad_clip: Positive = 1.0  # norm (Table 3)
     mini_batch: Count = 128  # sequences an optimizer step (Table 3)
-    micro_batch: Count = 8  # sequences a forward pass (Table 3)
+    micro_batch: Count = 8  # sequences a forward pass of each GPU (Table 3)
     ppo_epochs: Count = 1  # Table 3 says 100, but its base library then ignored it (DEVIATION)
     clip: Size = 0.2  # PPO ratio (Table 3)
     value_clip: Size = 0.5  # critic (Table 3)
     max_is_weight: Positive = 2.0  # C, cap of the weight of stale samples (CHOICE)
     entropy_coef: Size = 0.001  # bonus on a token's entropy (Table 3)
-    entropy_target: Positive = 1e9  # nats a token; above it, no bonus (CHOICE: always one)
-    crowding: Size = 0.0  # off a valid program's reward, times its share of the batch (CHOICE)
     kl_coef: Size = 0.001  # against the initial policy, in the reward (Table 3)
     gamma: Share = 1.0  # discount (Table 3)
     lam: Share = 1.0  # GAE's lambda (Table 3)
@@ -113,17 +121,15 @@ class Config:
     fresh_interpreters: bool = False  # a new interpreter a program, not a fork
     unsafe_exec: bool = False  # run although answers or trainer cannot be protected here
     program_gpu: bool = False  # let programs see the GPU
-    reuse: bool = False  # copies of a program that is in flight are not run, but get its result
     eval_samples: Count = 128  # samples of an evaluation (Sec. 4.1)
     save_every: Count = 10  # iterations between checkpoints (CHOICE)
 
 TINY = dict(  # CHOICE: the tiny policy's settings; README gives the reasons
-    model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1, iterations=48,
+    model="tiny", dtype="float32", gradient_checkpointing=False, save_every=1, iterations=44,
     batch_size=64, mini_batch=32, micro_batch=4, oversample=1.25, max_prompt_tokens=384,
-    max_response_tokens=256, top_p=0.999, instrument="ast", reward="bounded", duration="none",
-    lr=2e-4, anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, critic_warmup=1, ppo_epochs=2,
-    entropy_coef=0.15, entropy_target=0.25, crowding=0.3, kl_coef=0.005, timeout=20.0,
-    cpu_limit=15.0, memory_gb=2.0, disk_mb=64, reuse=True)
+    max_response_tokens=256, top_p=0.98, instrument="ast", reward="bounded", duration="none",
+    lr=2e-4, anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, ppo_epochs=2, entropy_coef=0.015,
+    kl_coef=0.005, timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64)
 
 @dataclasses.dataclass
 class Attempt:
@@ -138,7 +144,6 @@ class Attempt:
     logp: list[float] = dataclasses.field(default_factory=list)  # behaviour policy's, per token
     plan: str = ""
     code: str = ""  # as the policy wrote it, without instrumentation
-    reused: bool = False  # what follows is of another attempt with the same program
     placed: str = ""  # who placed the milestone prints: lm, ast
     outcome: str = ""  # ok no_code syntax import crash timeout memory (no|invalid)_submission infra
     dt: float | None = None  # wall seconds of the program alone; None: nothing was run
@@ -160,16 +165,16 @@ def train(cfg, D, learner, sampler, env, maker, run):
     stale), "first" kills them (slow programs are censored), "wait" samples only B and waits."""
     N, B, m, D_prev = cfg.iterations, cfg.batch_size, cfg.oversample, run.D_prev
     wanted, keep = dict(carry=(m * B, True), first=(m * B, False), wait=(B, True))[cfg.collect]
-    env.submit(run.in_flight)  # a checkpoint holds actions, not their processes: run them again
+    env.submit(run.in_flight[RANK::WORLD])  # a checkpoint holds no processes: run them again
     bar = progress(desc="training", total=N * B, initial=run.iteration * B)
     for i in range(run.iteration, N):                                         # l. 1
         began = time.monotonic()
-        n = round(wanted) - len(env.running)
+        n = round(wanted) - len(run.in_flight)
         s = draw_prompts(D, D_prev, n, maker, run, cfg.p_improve)             # l. 2: D u D_prev
         a = sampler.sample(s, learner.actor, version=i)                       # l. 3: a ~ pi(.|s)
         env.submit(a)                                                         # l. 4: env-inst(a)
         sampled = time.monotonic()
-        batch, lost = env.collect(B, i, keep, bar.update)                     # l. 5: B of s', R, dt
+        batch, lost = env.collect(B // WORLD, i, keep, bar.update)            # l. 5: B of s', R, dt
         executed = time.monotonic()
         x = assemble(batch, learner, cfg, i)                                  # tokens, log-probs, V
         r = shape_rewards(x.R, x.logp_old, x.logp_ref, x.mask, cfg.kl_coef)
@@ -178,9 +183,10 @@ def train(cfg, D, learner, sampler, env, maker, run):
         w = duration_weights([a.dt for a in batch], cfg)                      # l. 6: Eq. 3
         stats = update(learner, x, A, w, returns, cfg, i)                     # l. 7
         D_prev = [a for a in batch if a.valid]                                # l. 8: a new buffer
-        run.iteration, run.D_prev, run.in_flight = i + 1, D_prev, [a for a, _ in env.running]
+        run.iteration, run.D_prev = i + 1, D_prev
+        run.in_flight = gather([a for a, _ in env.running])
         stats |= dict(sample_s=sampled - began, execute_s=executed - sampled,
-                      update_s=time.monotonic() - executed)
+                      update_s=time.monotonic() - executed, in_flight=len(run.in_flight))
         run.log(batch, lost, iteration_metrics(i, batch, lost, x, w, returns, stats, env))
         if (i + 1) % cfg.save_every == 0 or i + 1 == N:
             run.save(learner)
@@ -194,11 +200,10 @@ def encode(tokenizer, chat):
 class PromptMaker:
     """Turns tasks and earlier attempts into token ids that fit `max_prompt_tokens`."""
     def __init__(self, cfg, D, tokenizer):
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.packages = prompts.importable()
-        widths = (200, 80, 30, 0)  # characters of a value in the snippet of the data
-        self.snippets = {(name, width): prompts.snippet(task, width) if width else ""
-                         for name, task in D.items() for width in widths}
+        self.cfg, self.tokenizer, self.packages = cfg, tokenizer, prompts.importable()
+        widths = (200, 80, 30, 0)  # characters of a value in the snippet of the data; 0: no snippet
+        self.snippets = {(name, width): prompts.snippet(task, width)
+                         for name, task in D.items() for width in widths[:3]}
         self.solve_ids = {name: self.fit(prompts.solve, [(task, width) for width in widths])
                           for name, task in D.items()}
         if long := [name for name, ids in self.solve_ids.items() if not ids]:
@@ -207,7 +212,7 @@ class PromptMaker:
     def fit(self, build, ladder):
         """Token ids of the first prompt on the ladder that fits, else []."""
         for task, width, *parts in ladder:  # CHOICE: the tiny policy gets short prompts
-            chat = build(task, self.snippets[task["name"], width], self.packages, *parts,
+            chat = build(task, self.snippets.get((task["name"], width), ""), self.packages, *parts,
                          short=self.cfg.model == "tiny")
             if len(ids := encode(self.tokenizer, chat)) <= self.cfg.max_prompt_tokens:
                 return ids
@@ -223,18 +228,22 @@ class PromptMaker:
 
 def draw_prompts(D, D_prev, n, maker, run, p_improve):
     """n prompts s from D u D_prev (Alg. 1 l. 2): tasks evenly, improve with p_improve (Sec. 3.3).
-    CHOICE: while D_prev has nothing of a task, or what is drawn is too long, from scratch."""
-    names, drawn = list(D), []
-    for k in range(run.drawn, run.drawn + max(0, n)):
+    CHOICE: while D_prev has nothing of a task, or what is drawn is too long, from scratch. Of
+    several processes each returns its own, as many as the others: n is rounded up."""
+    names, drawn, first = list(D), [], run.drawn
+    run.drawn += math.ceil(max(0, n) / WORLD) * WORLD
+    seed = maker.cfg.seed * 10 ** 6 + first + RANK
+    rng = random.Random(seed)
+    torch.manual_seed(seed)  # also of what is sampled next: a resumed run draws the same
+    for k in range(first + RANK, run.drawn, WORLD):
         task = D[names[k % len(names)]]
         candidates = [a for a in D_prev if a.task == task["name"]]
         a, ids = Attempt(task["name"], "solve", maker.solve_ids[task["name"]], id=k), []
-        if candidates and run.rng.random() < p_improve:
-            parent = run.rng.choice(candidates)
+        if candidates and rng.random() < p_improve:
+            parent = rng.choice(candidates)
             ids = maker.improve(task, parent)
             run.skipped += not ids
         drawn.append(Attempt(task["name"], "improve", ids, parent.id, id=k) if ids else a)
-    run.drawn += len(drawn)
     return drawn
 
 # §4 Sampling (Alg. 1 l. 3) ------------------------------------------------------------------------
@@ -242,7 +251,6 @@ class HFSampler:
     """`sample` yields attempts as they are written: their programs run already."""
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.eos = cfg, tokenizer, tokenizer.eos_token_id
-        self.at_once = cfg.sample_batch  # attempts that are written together
         self.generation = transformers.GenerationConfig(
             do_sample=True, temperature=cfg.temperature, top_k=max(0, cfg.top_k), top_p=cfg.top_p,
             repetition_penalty=1.0, max_new_tokens=cfg.max_response_tokens, pad_token_id=self.eos,
@@ -260,13 +268,14 @@ class HFSampler:
         lm.generation_config = transformers.GenerationConfig()  # a checkpoint's would fill gaps
         for k in range(0, len(attempts), self.cfg.sample_batch):
             chunk = attempts[k:k + self.cfg.sample_batch]
-            ids, attention, _ = padded(chunk, lm.device, self.eos)
+            asked = self.tokenizer.pad({"input_ids": [a.prompt_ids for a in chunk]},
+                                       padding_side="left", return_tensors="pt").to(lm.device)
             with torch.no_grad(), autocast(self.cfg, lm.device):
-                out = lm.generate(ids, attention_mask=attention, generation_config=self.generation)
-            for a, row in zip(chunk, out[:, ids.shape[1]:].tolist()):
+                out = lm.generate(**asked, generation_config=self.generation, synced_gpus=WORLD > 1)
+            for a, row in zip(chunk, out[:, asked.input_ids.shape[1]:].tolist()):
                 stop = self.eos in row and not self.cfg.ignore_eos
                 a.response_ids = row[:row.index(self.eos) + 1] if stop else row
-            logp, mask = score_tokens(lm, chunk, self.cfg)                    # (b, T)
+            logp, mask = score_tokens(lm, chunk, self.cfg, shared=False)      # (b, T)
             for a, row, keep in zip(chunk, logp, mask):
                 a.logp = row[keep].tolist()
             yield from chunk
@@ -276,15 +285,14 @@ class VLLMSampler(HFSampler):
     is given, and sleeps in between. Log-probs are its own, of the tempered (truncated) policy."""
     def __init__(self, cfg, folder):
         os.environ |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
-        with grade.blame(UserError, f"vLLM cannot serve {folder} (is it installed? needs an idle "
-                                    "GPU, or a lower --kv-cache-gb)"):
+        with grade.blame(UserError, f"vLLM can't serve {folder} (no GPU free? less --kv-cache-gb)"):
             import vllm
             super().__init__(cfg, transformers.PreTrainedTokenizerFast.from_pretrained(folder))
             self.llm = vllm.LLM(
-                str(folder), skip_tokenizer_init=True, dtype=cfg.dtype, seed=cfg.seed,
+                str(folder), skip_tokenizer_init=True, dtype=cfg.dtype, seed=cfg.seed + RANK,
+                distributed_executor_backend="external_launcher" if WORLD > 1 else None,
                 max_num_seqs=cfg.sample_batch, kv_cache_memory_bytes=int(cfg.kv_cache_gb * 2 ** 30),
                 logprobs_mode="processed_logprobs", enable_sleep_mode=torch.cuda.is_available())
-        self.at_once = None  # all: weights must not change while something is written
         self.longest = self.llm.llm_engine.model_config.max_model_len  # tokens
         self.params = vllm.SamplingParams(  # ignore_eos: no end token but ours ends a response
             temperature=cfg.temperature, top_k=max(0, cfg.top_k), top_p=cfg.top_p, ignore_eos=True,
@@ -293,8 +301,10 @@ class VLLMSampler(HFSampler):
 
     def write(self, attempts, lm):
         """Yield each attempt when it is done, while the others are written on."""
+        torch.cuda.empty_cache()
         self.llm.wake_up()
-        weights = iter(lm.state_dict().items())  # unlike parameters, it names tied ones, too
+        # Unlike parameters, the state names tied ones, too.
+        weights = ((name, whole(tensor)) for name, tensor in lm.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()  # of other weights
         engine, waiting = self.llm.llm_engine, {str(a.id): a for a in attempts}
@@ -320,8 +330,8 @@ MODEL = re.compile("Classif|Regress|Ridge|Lasso|NB$|SV[CR]$|Search|[Mm]odel|Net$
 LOAD = {"read_csv", "read_json", "read_parquet", "load", "loads", "open"}
 PREDICT = {"predict", "predict_proba", "predict_log_proba", "decision_function"}
 LOSS = "loss|auc|acc|accuracy|score|error|rmse|mse|mae|logloss|kappa|f1"
-MARKERS = [marker for marker, _ in prompts.MILESTONES]
-STAGES, LOSSES = ([m for m in MARKERS if m.endswith(":") == loss] for loss in (False, True))
+STAGES, LOSSES = ([marker for marker, _ in prompts.MILESTONES if marker.endswith(":") == loss]
+                  for loss in (False, True))
 # A milestone's print. A loss is a bare name or subscript: printing it cannot change anything.
 MARKER_PRINT = re.compile(
     rf"""^([ \t]*)print\(["']((?:{'|'.join(STAGES)})(?=["']\))|(?:{'|'.join(LOSSES)})(?=["'],))"""
@@ -386,15 +396,13 @@ def instrument(code, secret, copied=""):
 
 def lm_copies(attempts, sampler, lm):
     """Pairs (attempt, the frozen LM's copy of its program with the prints asked for) (App. C.3)."""
-    attempts = iter(attempts)
-    while chunk := list(itertools.islice(attempts, sampler.at_once)):
-        asked = [Attempt("", "instrument", encode(sampler.tokenizer, prompts.instrument(
-            MARKER_PRINT.sub(HIDE, a.code))), id=a.id)
-            for a in chunk if a.code.strip() and instrument(a.code, "")[1]]  # it parses
-        left = {a.id: a for a in chunk}
-        for copied in sampler.sample(asked, lm, -1):  # programs run as soon as they are copied
-            yield left.pop(copied.id), copied.code
-        yield from ((a, "") for a in left.values())
+    left = {a.id: a for a in attempts}  # all: weights must not change while something is written
+    asked = [Attempt("", "instrument", encode(sampler.tokenizer, prompts.instrument(
+        MARKER_PRINT.sub(HIDE, a.code))), id=a.id)
+        for a in left.values() if a.code.strip() and instrument(a.code, "")[1]]  # it parses
+    for copied in sampler.sample(asked, lm, -1):  # programs run as soon as they are copied
+        yield left.pop(copied.id), copied.code
+    yield from ((a, "") for a in left.values())
 
 # §6 Execution (Alg. 1 l. 4-5) ---------------------------------------------------------------------
 # Programs are hostile: in search of reward they find the answers if they can. The trainer, which
@@ -407,6 +415,7 @@ def lm_copies(attempts, sampler, lm):
 WALLS = (["user id", "namespaces", "Landlock"], ["namespaces", "Landlock"], ["user id", "Landlock"],
          [])  # best first; the last only with --unsafe-exec
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = max(1, CORES // LOCAL_WORLD)  # of this process
 REMOVE = 'rm -rf "$0" || { sleep 1; chmod -R u+rwX "$0"; rm -rf "$0"; }'  # also closed folders
 MAX_FILES, MAX_SUBMISSION, FLOOD = 20000, 100 << 20, 64 << 20  # files, bytes, bytes
 FAILURES = dict(SyntaxError="syntax", IndentationError="syntax", TabError="syntax",
@@ -676,18 +685,16 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         for walls, forked in itertools.product(possible, (not cfg.fresh_interpreters, False)):
             self.job |= dict(walls=walls, forked=forked)
             result = self.run(task, code, timeout=120, cpu_limit=60, memory_gb=4)
-            if result["outcome"] == "timeout":  # says nothing about walls, and must not weaken them
-                break
             report = re.findall("(?:NOT )?out of their reach: .*", result["output"])
             safe = "NOT" not in "".join(report[:2])  # the answers and the trainer
             if result["outcome"] == "ok" and (safe or cfg.unsafe_exec):
-                unlimited = ["memory that their processes share, or hold together"]
-                unlimited += ["the number of their files"] * ("namespaces" not in walls)
-                unlimited += ["the number of their processes"] * (
-                    not os.getuid() and "user id" not in walls)
-                return ["forked with the usual imports" if forked else "fresh interpreters",
-                        f"walls: {', '.join(walls) or 'none'}", *report,
-                        *(f"NOT limited: {what}" for what in unlimited)]
+                return [
+                    "forked with the usual imports" if forked else "fresh interpreters",
+                    f"walls: {', '.join(walls) or 'none'}", *report,
+                    "NOT limited: memory that their processes share, or hold together",
+                    *["NOT limited: the number of their files"] * ("namespaces" not in walls),
+                    *["NOT limited: the number of their processes"] * (
+                        not os.getuid() and "user id" not in walls)]
             self.hang_up(self.free[-1])  # the worker is behind these walls for good
         raise UserError(f"programs cannot run safely here ({result['outcome']}: "
                         f"{result['output'][-200:]}): see README's table, or accept the risk with "
@@ -703,8 +710,6 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
             try:
                 worker = slot.process = slot.process or self.start_worker(slot, job["walls"])
                 print(json.dumps(job), file=worker.stdin, flush=True)
-                if not select.select([worker.stdout], [], [], job["timeout"] + 120)[0]:
-                    raise TimeoutError("no answer")
                 result = json.loads(worker.stdout.readline())
             except (OSError, ValueError) as error:
                 result = dict(outcome="infra", output=f"a worker died or did not start ({error})")
@@ -790,9 +795,7 @@ class Environment:
     def submit(self, attempts):
         """Queue attempts as they come. Does not wait for executions."""
         for a, copied in self.copies(attempts):
-            same = [f for b, f in self.running if b.task == a.task and b.code == a.code and b.plan]
-            a.reused = bool(self.cfg.reuse and a.plan and same)
-            self.running += [(a, same[0] if a.reused else self.pool.submit(self.step, a, copied))]
+            self.running.append((a, self.pool.submit(self.step, a, copied)))
 
     def step(self, a, copied=""):
         """Instrument, execute, grade and reward an attempt, in a thread: the fields that this
@@ -811,9 +814,9 @@ class Environment:
         return result | dict(R=reward(task, dataclasses.replace(a, **result), self.cfg))
 
     def collect(self, B, i, keep, tick=lambda n: None):
-        """Wait until B executions complete (Alg. 1 l. 5). Returns (batch, lost); lost["infra"] and
-        ["stale"]: attempts that failed by our fault, or over max_staleness updates old, which are
-        never rewarded; ["killed"]: seconds that those killed without `keep` had run."""
+        """Wait until B executions complete (Alg. 1 l. 5), each process for its own; returns all of
+        theirs: (batch, lost). lost["infra"] and ["stale"] are attempts that failed by our fault, or
+        over max_staleness updates old, never rewarded; ["killed"] seconds that those had run."""
         batch, lost = [], dict(infra=[], stale=[], killed=[])
         while len(batch) < B and self.running:
             futures = [future for _, future in self.running]
@@ -826,6 +829,7 @@ class Environment:
             tick(where is batch)
         if not keep:
             lost["killed"] = self.cancel()
+        batch, lost = gather(batch), {why: gather(those) for why, those in lost.items()}
         if len(lost["infra"]) > 0.2 * (len(batch) + len(lost["infra"])):
             why = lost["infra"][-1].output[-200:].strip()
             raise UserError(f"{len(lost['infra'])} programs failed by our fault ({why}): try again")
@@ -839,7 +843,7 @@ class Environment:
         return self.pool.cancel()
 
 # §8 Actor, critic, reference (Table 3) ------------------------------------------------------------
-CHUNK = 4096  # tokens whose logits exist at one time
+LOGITS = 2 ** 28  # numbers that exist at one time: 1 GiB in float32
 
 class Learner:
     """Actor (a causal LM), critic (a separate model of the same checkpoint, scalar head) and their
@@ -847,20 +851,24 @@ class Learner:
     def __init__(self, cfg, folder):
         torch.manual_seed(cfg.seed)  # again: a policy from the cache has drawn nothing
         self.actor, self.tokenizer = load_policy(folder)
-        config = transformers.AutoConfig.from_pretrained(folder, num_labels=1)
-        config.classifier_dropout = 0.0  # its default, 0.1, would make values random
         with grade.blame(UserError, f"{folder} can't be a critic: take a Qwen, Llama, Mistral ..."):
-            self.critic = transformers.AutoModelForTokenClassification.from_pretrained(
-                folder, config=config, dtype=torch.float32)  # its head's bias is 0
-            torch.nn.init.normal_(self.critic.score.weight, std=cfg.critic_init_std)
-        self.critic.to(self.actor.device)  # too little memory is another matter
+            critic = transformers.AutoModelForTokenClassification.from_pretrained(
+                folder, num_labels=1, dtype=torch.float32)  # its head's bias is 0
+            torch.nn.init.normal_(critic.score.weight, std=cfg.critic_init_std)
+        self.critic = critic.to(self.actor.device)  # too little memory is another matter
         self.ref = copy.deepcopy(self.actor).to(getattr(torch, cfg.dtype)).requires_grad_(False)
         for model in (self.actor, self.critic) if cfg.gradient_checkpointing else ():
             model.gradient_checkpointing_enable({"use_reentrant": False})  # where `optimize` trains
+        for model in (self.actor, self.critic, self.ref):
+            model.measure = types.MethodType(
+                response_values if model is self.critic else response_logprobs, model)
+            shard(model, cfg)
         self.actor_opt, self.critic_opt = (torch.optim.AdamW(
             model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay,
             fused=model.device.type == "cuda") for model, lr in (
                 (self.actor, cfg.lr), (self.critic, cfg.critic_lr)))
+        self.trained = dict(actor=(self.actor, self.actor_opt),
+                            critic=(self.critic, self.critic_opt))
 
 def load_policy(folder):
     """(model with float32 master weights, tokenizer). UserError where it can't be had."""
@@ -873,73 +881,96 @@ def load_policy(folder):
         raise UserError(f"--model {folder} has no chat template: choose an instruction-tuned model")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
+def gather(items):
+    """The lists of all processes as one, in the order of ranks, on each of them."""
+    parts = [items] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(parts, items)
+    return list(itertools.chain(*parts))
+
+def shard(model, cfg):
+    """FSDP2: weights, gradients and optimizer state are spread over all processes, if several, and
+    whole only layer by layer, while `measure` or the model itself is called."""
+    from torch.distributed import fsdp
+    precision = fsdp.MixedPrecisionPolicy(getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
+    for part in (*model.base_model.layers, model) if WORLD > 1 else ():
+        fsdp.fully_shard(part, mp_policy=precision)
+    fsdp.register_fsdp_forward_method(model, "measure")
+
+def whole(tensor):
+    """A tensor, or all of one that is spread over the processes (which must all ask for it)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
 def autocast(cfg, device):
     """bfloat16 compute over float32 master weights, or nothing for float32 (Table 3)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16",
+                          cache_enabled=not cfg.gradient_checkpointing)  # it would hold all weights
 
-def padded(attempts, device, pad=0):
-    """ids, attention (b, P+T) int64, prompts padded left, responses right; mask (b, T) bool."""
-    P = max(len(a.prompt_ids) for a in attempts)
-    T = max(len(a.response_ids) for a in attempts)
-    ids = torch.full((len(attempts), P + T), pad)
-    attention = torch.zeros_like(ids)
-    for row, a in enumerate(attempts):
-        left, right = P - len(a.prompt_ids), P + len(a.response_ids)
-        ids[row, left:right] = torch.tensor(a.prompt_ids + a.response_ids)
-        attention[row, left:right] = 1
-    return ids.to(device), attention.to(device), attention[:, P:].bool().to(device)
+def padded(attempts, device):
+    """ids (b, L) int64, prompts and responses, padded right; where (b, L) bool, response tokens in
+    them; mask (b, T) bool, the same ones, each response from t = 0."""
+    texts = [torch.tensor(a.prompt_ids + a.response_ids) for a in attempts]
+    where = [torch.arange(len(text)) >= len(a.prompt_ids) for text, a in zip(texts, attempts)]
+    mask = [torch.ones(len(a.response_ids), dtype=torch.bool) for a in attempts]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return tuple(pad(rows).to(device) for rows in (texts, where, mask))
 
-def hidden_states(backbone, ids, attention, T):
-    """States from which each of the last T tokens is predicted: (b, T, d)."""
-    positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    out = backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
-    return out.last_hidden_state[:, -T - 1:-1]
+def hidden_states(backbone, ids, where):
+    """States from which the n response tokens are predicted: (n, d). No attention mask: what
+    stands right of a token cannot be seen by it anyway, and unmasked attention is faster."""
+    return backbone(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][where[:, 1:]]
 
-def response_logprobs(lm, ids, attention, mask, cfg):
+def response_logprobs(lm, ids, where, mask, cfg):
     """log pi(a_t | s, a_<t) and entropy of the tempered policy, logits / temperature.
     All log-probs (ratio, KL, behaviour but vLLM's) come from this one. Returns two (b, T) float32,
-    zero where masked. The vocabulary is large: logits exist for `CHUNK` tokens at a time only."""
-    T = mask.shape[1]
-    h = hidden_states(lm.get_decoder(), ids, attention, T)[mask]              # (n, d)
-    y = ids[:, -T:][mask]                                                     # (n,)
+    zero where masked. The vocabulary is large: only LOGITS of all logits exist at one time."""
+    h, y = hidden_states(lm.get_decoder(), ids, where), ids[where]            # (n, d), (n,)
     head = lm.get_output_embeddings()
+    chunk = max(1, LOGITS // head.out_features)  # tokens
     def score(h, y):
         log_p = (head(h).float() / cfg.temperature).log_softmax(-1)           # (chunk, V)
         return log_p.gather(-1, y[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     # Of several chunks, the backward pass computes the logits again rather than keep them.
-    again = torch.is_grad_enabled() and len(h) > CHUNK
-    parts = [checkpoint(score, *chunk, use_reentrant=False) if again else score(*chunk)
-             for chunk in zip(h.split(CHUNK), y.split(CHUNK))]
+    again = torch.is_grad_enabled() and len(h) > chunk
+    parts = [checkpoint(score, *some, use_reentrant=False) if again else score(*some)
+             for some in zip(h.split(chunk), y.split(chunk))]
     blank = torch.zeros(mask.shape, device=ids.device)
     return tuple(blank.masked_scatter(mask, torch.cat(p)) for p in zip(*parts))
 
-def response_values(critic, ids, attention, mask, cfg):
+def response_values(critic, ids, where, mask, cfg):
     """V(s, a_<t) before each response token: (b, T) float32, zero where masked."""
-    h = hidden_states(critic.base_model, ids, attention, mask.shape[1])       # (b, T, d)
-    return critic.score(h)[..., 0].float() * mask                             # (b, T)
+    values = critic.score(hidden_states(critic.base_model, ids, where))       # (n, 1)
+    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, values.float())
 
-def micro_batches(attempts, rows, size):
-    """Row numbers in groups of at most `size`, of similar length: little work on padding."""
+def micro_batches(attempts, rows, size, shared=True):
+    """This process's share of the rows: pairs (at most `size` row numbers, 1.0), of similar length:
+    little work on padding. Each process must have as many; one too many is any row, 0.0."""
     rows = sorted(rows, key=lambda k: len(attempts[k].prompt_ids) + len(attempts[k].response_ids))
-    return [rows[k:k + size] for k in range(0, len(rows), size)]
+    world = WORLD if shared else 1
+    groups = np.array_split(rows, max(1, math.ceil(len(rows) / size / world) * world))
+    groups = [group.tolist() for group in groups][RANK % world::world] if rows else []
+    return [(group or rows[:1], float(bool(group))) for group in groups]
 
-def score_tokens(model, attempts, cfg, function=response_logprobs, only=None):
-    """Log-probs or values (`function`), no gradient, of all rows or `only` these: (B, T), mask."""
+def score_tokens(model, attempts, cfg, only=None, shared=True):
+    """A model's log-probs or values, no gradient, of all rows or `only` these: (B, T), mask.
+    shared: all processes have the same attempts, and each scores a part."""
     mask = padded(attempts, "cpu")[2]
     out, wanted = torch.zeros(mask.shape), range(len(attempts)) if only is None else only
-    for rows in micro_batches(attempts, wanted, cfg.micro_batch):
-        ids, attention, keep = padded([attempts[k] for k in rows], model.device)
+    parts = []
+    for rows, _ in micro_batches(attempts, wanted, cfg.micro_batch, shared):
+        batch = padded([attempts[k] for k in rows], model.device)
         with torch.no_grad(), autocast(cfg, model.device):
-            values = function(model, ids, attention, keep, cfg)
-        values = values[0] if isinstance(values, tuple) else values
-        out[rows, :keep.shape[1]] = values.cpu()
+            values = model.measure(*batch, cfg)
+        parts.append((rows, (values[0] if isinstance(values, tuple) else values).cpu()))
+    for rows, values in gather(parts) if shared else parts:
+        out[rows, :values.shape[1]] = values
     return out, mask
 
 # §9 Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3) -----------------------------------
 def assemble(attempts, learner, cfg, i):
-    """x, the tensors of update i, on the CPU, zero where masked: R (B,) rewards less crowding;
-    mask (B, T) bool, response tokens; (B, T) float32 each: logp_old of the behaviour policy, as
-    sampled, logp_prox of the current one (fresh ones: the same), logp_ref of the initial one, V."""
+    """x, tensors of update i on the CPU, zero where masked: rewards R (B,); mask (B, T) bool of
+    response tokens; (B, T) float32 each: logp_old of the behaviour policy, as sampled, logp_prox of
+    the current one (fresh ones: the same), logp_ref of the initial one, values V."""
     stale = [k for k, a in enumerate(attempts) if a.version < i or cfg.sampler == "vllm"]
     scored, mask = score_tokens(learner.actor, attempts, cfg, only=stale)
     logp_old = torch.zeros_like(scored)
@@ -947,20 +978,9 @@ def assemble(attempts, learner, cfg, i):
     return types.SimpleNamespace(
         attempts=attempts, mask=mask, logp_old=logp_old,
         logp_prox=logp_old.index_copy(0, torch.tensor(stale).long(), scored[stale]),
-        R=torch.tensor([a.R for a in attempts]) - cfg.crowding * left(cfg, i) * crowding(attempts),
+        R=torch.tensor([a.R for a in attempts]),
         logp_ref=score_tokens(learner.ref, attempts, cfg)[0],
-        V=score_tokens(learner.critic, attempts, cfg, response_values)[0])
-
-def left(cfg, i):
-    """Share that is left at update i of learning rates and crowding; squared, of entropy_target."""
-    return 1 - (1 - cfg.anneal_to) * i / max(1, cfg.iterations)
-
-def crowding(attempts):
-    """Share of its task's attempts in a batch with the same score, 0 for an invalid one: (B,). No
-    program, in whatever words, is to spread at the expense of others that are hardly worse."""
-    same = collections.Counter((a.task, a.score) for a in attempts if a.valid)
-    n = collections.Counter(a.task for a in attempts)
-    return torch.tensor([same[a.task, a.score] * a.valid / n[a.task] for a in attempts])
+        V=score_tokens(learner.critic, attempts, cfg)[0])
 
 def shape_rewards(R, logp_old, logp_ref, mask, kl_coef):
     """Token rewards r_t = R [t = last] - kl_coef (log pi_old - log pi_ref) (Table 3, k1 estimator).
@@ -1033,29 +1053,29 @@ def value_loss(V, V_old, returns, cfg):
 # §10 Update (Alg. 1 l. 7) -------------------------------------------------------------------------
 def update(learner, x, A, w, returns, cfg, i):
     """PPO epochs over the batch, critic then actor (Table 3). Returns means over optimizer steps.
-    The actor is left alone while the critic warms up and where no advantage is left (CHOICE)."""
-    H = -float((token_weights(x.mask, cfg.loss_agg) * x.logp_prox).sum())  # estimates the entropy
-    entropy_coef = cfg.entropy_coef * (H < left(cfg, i) ** 2 * cfg.entropy_target)
-    def critic_loss(rows, ids, attention, mask, c):
-        V = response_values(learner.critic, ids, attention, mask, cfg)        # (b, T)
+    The actor is left alone where no advantage is left (CHOICE)."""
+    left = 1 - (1 - cfg.anneal_to) * i / max(1, cfg.iterations)
+    torch.manual_seed(cfg.seed * 10 ** 6 + i)  # mini-batches: the same in all processes
+    def critic_loss(rows, batch, c):
+        V = learner.critic.measure(*batch, cfg)                               # (b, T)
         loss = (c * value_loss(V, like(V, x.V, rows), like(V, returns, rows), cfg)).sum()
         return loss, {"value_loss": loss}
-    def actor_loss(rows, ids, attention, mask, c):
-        logp, entropy = response_logprobs(learner.actor, ids, attention, mask, cfg)  # (b, T)
+    def actor_loss(rows, batch, c):
+        logp, entropy = learner.actor.measure(*batch, cfg)                    # (b, T) each
         prox, old = like(logp, x.logp_prox, rows), like(logp, x.logp_old, rows)
         loss, clipped = policy_loss(logp, prox, old, like(logp, A, rows),
                                     w[rows].to(logp.device), cfg)             # (b, T)
         k3 = (logp - prox).exp() - 1 - (logp - prox)                          # Schulman's k3
         report = {"policy_loss": (c * loss).sum(), "entropy": (c * entropy).sum(),
                   "clip_fraction": (c * clipped).sum(), "update_kl": (c * k3).sum()}
-        return report["policy_loss"] - entropy_coef * report["entropy"], report
-    learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left(cfg, i)
-    learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left(cfg, i)
+        return report["policy_loss"] - cfg.entropy_coef * report["entropy"], report
+    learner.actor_opt.param_groups[0]["lr"] = cfg.lr * left
+    learner.critic_opt.param_groups[0]["lr"] = cfg.critic_lr * left
     stats = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "update_kl", "grad_norm"))
     critic = optimize(learner.critic, learner.critic_opt, critic_loss, x.attempts, x.mask, cfg,
                       cfg.critic_grad_clip)
     stats |= dict(value_loss=critic["value_loss"], critic_grad_norm=critic["grad_norm"])
-    if i >= cfg.critic_warmup and A.any():
+    if A.any():
         stats |= optimize(learner.actor, learner.actor_opt, actor_loss, x.attempts, x.mask, cfg,
                           cfg.actor_grad_clip)
     return stats
@@ -1065,7 +1085,7 @@ def like(tensor, full, rows):
     return full[rows, :tensor.shape[1]].to(tensor.device)
 
 def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip):
-    """cfg.ppo_epochs passes of mini-batches; gradients add up over micro-batches.
+    """cfg.ppo_epochs passes of mini-batches; gradients add up over micro-batches and processes.
     Returns the mean over optimizer steps of what loss_function reports, and the gradient norm."""
     totals, steps = collections.Counter(), 0
     model.train()  # no dropout anywhere: this only lets checkpointing work
@@ -1074,20 +1094,22 @@ def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip):
             mini = sorted(mini.tolist())
             c_all = torch.zeros(mask.shape)
             c_all[mini] = token_weights(mask[mini], cfg.loss_agg)             # (B, T)
-            for rows in micro_batches(attempts, mini, cfg.micro_batch):
-                ids, attention, keep = padded([attempts[j] for j in rows], model.device)
+            for rows, counts in micro_batches(attempts, mini, cfg.micro_batch):
+                batch = padded([attempts[j] for j in rows], model.device)
                 with autocast(cfg, model.device):
-                    c = like(keep, c_all, rows)
-                    loss, report = loss_function(rows, ids, attention, keep, c)
-                loss.backward()
+                    loss, report = loss_function(rows, batch, like(batch[2], c_all, rows) * counts)
+                (loss * WORLD).backward()  # FSDP takes the mean over processes
                 totals.update({key: float(value.detach()) for key, value in report.items()})
-            totals["grad_norm"] += float(
-                torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+            totals["grad_norm"] += float(whole(
+                torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))) / WORLD
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps += 1
     model.eval()  # checkpointing would keep `generate` from its cache
-    return {key: value / steps for key, value in totals.items()}
+    sums = collections.Counter()
+    for part in gather([totals]):
+        sums.update(part)
+    return {key: value / steps for key, value in sums.items()}
 
 # §11 Evaluation (Sec. 3.3, Sec. 4.1) --------------------------------------------------------------
 def evaluate(phase, lm, D, parents, sampler, env, maker, run):
@@ -1128,28 +1150,29 @@ def write_evaluation(D, run):
             best=top, medal=None if top is None or task["standin"] else grade.medal(task, top),
             executions=run.executions, paper=task["paper"], standin=task["standin"],
             report_fold=run.cfg.report_fold, prompts_skipped=run.skipped)
-        others = {f"paper: {who}": score and score[0]
+        others = {f"paper: {who}": {"best": score and score[0]}
                   for who, score in task["paper"].get("Table 1", {}).items()}
-        others |= {f"MLE-bench: {k}": task[k] for k in ("gold", "silver", "bronze", "median")}
-        table = pd.DataFrame(parts | {who: {"best": score} for who, score in others.items()}).T
+        others |= {f"MLE-bench: {k}": {"best": task[k]}
+                   for k in ("gold", "silver", "bronze", "median")}
         print(f"\n{name}, medal: {records[name]['medal']}"
               + " - STAND-IN data, scores are not comparable" * task["standin"])
-        print(table.to_string(float_format="{:.4g}".format, na_rep=""))
+        print(pd.DataFrame(parts | others).T.to_string(float_format="{:.4g}".format, na_rep=""))
     write(run.folder / "evaluation.json", records if len(D) > 1 else records[name])
 
 # §12 Run folder, checkpoint, resume ---------------------------------------------------------------
-LOGS, MODELS = ("metrics.jsonl", "attempts.jsonl"), ("actor", "critic", "actor_opt", "critic_opt")
+LOGS = "metrics.jsonl", "attempts.jsonl"
 FREE = ("run", "mode", "program", "iterations", "workers", "eval_samples", "save_every", "raw",
         "data_dir", "unsafe_exec", "sampler", "kv_cache_gb")  # may differ when a run resumes
-STATE = "rng iteration D_prev in_flight drawn skipped executions wall_s best evaluation".split()
-progress = functools.partial(tqdm.tqdm, unit=" programs", leave=False, disable=None)
+STATE = "iteration D_prev in_flight drawn skipped executions wall_s best evaluation".split()
+progress = functools.partial(tqdm.tqdm, unit=" programs", leave=False, disable=RANK > 0 or None)
 
 class Run:
     """A run's folder and state. The two logs only grow and are cut back to the last checkpoint on
     resume, which also drops a half-written line; every other file is replaced as a whole."""
     def __init__(self, cfg, D):
-        self.folder, self.cfg, self.D = pathlib.Path(cfg.run), cfg, D
-        self.clock, self.rng = time.monotonic(), random.Random(cfg.seed)
+        self.scratch = tempfile.TemporaryDirectory()  # ranks but 0 write what nobody reads
+        self.folder = pathlib.Path(self.scratch.name if RANK else cfg.run)
+        self.cfg, self.D, self.clock = cfg, D, time.monotonic()
         self.D_prev, self.in_flight, self.best, self.evaluation = [], [], {}, {}
         self.iteration = self.drawn = self.skipped = self.executions = self.wall_s = 0  # so far
         self.folder.mkdir(0o700, parents=True, exist_ok=True)
@@ -1165,26 +1188,27 @@ class Run:
 
     def load(self, learner):
         """Go back to the last checkpoint, if there is one."""
-        path, sizes = self.folder / "checkpoint.pt", dict.fromkeys(LOGS, 0)
+        path, saved, sizes = self.folder / "checkpoint.pt", {}, dict.fromkeys(LOGS, 0)
         if path.exists():
             with grade.blame(UserError, f"cannot read {path}; move it away to begin anew"):
-                saved = torch.load(path, map_location="cpu", weights_only=False)
-            for name in MODELS:
-                getattr(learner, name).load_state_dict(saved[name])
-            torch.set_rng_state(saved["torch_rng"][0])
-            torch.cuda.set_rng_state_all(saved["torch_rng"][1])
-            vars(self).update(saved["state"])
-            sizes = saved["log_sizes"]
-        for log, size in sizes.items():
+                saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        vars(self).update(gather([saved.get("state", {})])[0])
+        how = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)
+        for name, pair in learner.trained.items() if self.iteration else ():
+            weights, moments = saved.get(name, ({}, {}))
+            state_dict.set_state_dict(
+                *pair, model_state_dict=weights, optim_state_dict=moments, options=how)
+        for log, size in saved.get("log_sizes", sizes).items():
             with open(self.folder / log, "ab") as file:
                 file.truncate(size)
 
     def save(self, learner):
-        """Write checkpoint.pt, and the policy in Hugging Face format."""
-        saved = {name: getattr(learner, name).state_dict() for name in MODELS}
-        saved |= dict(state={name: getattr(self, name) for name in STATE},
-                      torch_rng=(torch.get_rng_state(), torch.cuda.get_rng_state_all()),
-                      log_sizes={log: (self.folder / log).stat().st_size for log in LOGS})
+        """Write checkpoint.pt, for any number of processes, and the policy as Hugging Face does."""
+        saved = dict(state={name: getattr(self, name) for name in STATE},
+                     log_sizes={log: (self.folder / log).stat().st_size for log in LOGS})
+        for name, pair in learner.trained.items() if self.iteration else ():  # else as at the start
+            saved[name] = state_dict.get_state_dict(*pair, options=state_dict.StateDictOptions(
+                full_state_dict=True, cpu_offload=True))
         with grade.blame(OSError, "no checkpoint written"):  # torch raises RuntimeError, too
             save_policy(self.folder / "policy", learner.actor, learner.tokenizer)
             torch.save(saved, self.folder / "checkpoint.new")
@@ -1199,7 +1223,7 @@ class Run:
                 row = {k: v for k, v in vars(a).items() if k not in hidden}
                 row |= dict(phase=phase, tokens=len(a.response_ids), standin=task["standin"])
                 file.write(json.dumps(row) + "\n")
-                self.executions += a.dt is not None and not a.reused
+                self.executions += a.dt is not None
                 if a.valid and a.score != old and grade.best(task, [a.score, old]) == a.score:
                     self.best[a.task] = a.score
                     for end, content in dict(py=a.code, csv=a.submission, json=row).items():
@@ -1232,7 +1256,8 @@ def write(path, content):
 def save_policy(folder, lm, tokenizer):
     """Save in Hugging Face format beside `folder`, then take its place."""
     new = folder.with_name(folder.name + ".new")
-    lm.save_pretrained(new)
+    lm.save_pretrained(new, is_main_process=RANK == 0, state_dict=state_dict.get_model_state_dict(
+        lm, options=state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)))
     tokenizer.save_pretrained(new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
@@ -1248,10 +1273,10 @@ EDGES = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e9)  # seconds, of the histograms
 def variance_parts(R, valid):
     """Shares of Var(R), by the law of total variance, that come from: being valid or not, the
     milestones of failures, the scores of valid programs. R (B,), valid (B,) bool."""
-    R, valid = pd.Series(R), np.array(valid)
-    squares = (R - R.groupby(valid).transform("mean")) ** 2 / len(R)
-    score, markers, whole = squares[valid].sum(), squares[~valid].sum(), R.var(ddof=0)
-    parts = dict(valid=whole - score - markers, markers=markers, score=score)
+    groups, whole = pd.Series(R).groupby(valid), np.var(R)
+    within = groups.var(ddof=0) * groups.size() / len(R)
+    parts = {"markers": within.get(False, 0.0), "score": within.get(True, 0.0)}
+    parts["valid"] = whole - sum(parts.values())
     return {f"variance_{name}": float(part / (whole or 1.0)) for name, part in parts.items()}
 
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
@@ -1271,8 +1296,8 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         weight_max=float(w.max()), ess=float(w.sum() ** 2 / (w ** 2).sum()),
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
-        staleness_mean=mean(i - a.version for a in batch), in_flight=len(env.running),
-        distinct=len({a.code for a in batch if a.code}), reused=mean(a.reused for a in batch),
+        staleness_mean=mean(i - a.version for a in batch),
+        distinct=len({a.code for a in batch if a.code}),
         tasks={t: summarize(env.D[t], [a for a in batch if a.task == t]) for t in env.D},
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         **variance_parts([a.R for a in batch], [a.valid for a in batch]),
@@ -1318,8 +1343,8 @@ def supervised(lm, tokenizer, pairs, cfg):
             for chat, response in pairs]
     optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.sft_steps)
-    def loss(rows, ids, attention, mask, c):
-        nll = -(c * response_logprobs(lm, ids, attention, mask, cfg)[0]).sum()
+    def loss(rows, batch, c):
+        nll = -(c * response_logprobs(lm, *batch, cfg)[0]).sum()
         return nll, {"loss": nll}
     for _ in tqdm.trange(cfg.sft_steps, desc="supervised fine-tuning", leave=False, disable=None):
         chosen = rng.sample(data, min(cfg.mini_batch, len(data)))
@@ -1348,10 +1373,10 @@ def tiny_tokenizer(pairs):
 
 def tiny_policy(cfg, D):
     """Folder of the embedded policy, trained on prompts.corpus and kept in the user's cache."""
-    recipe = [cfg.sft_steps, cfg.mini_batch, cfg.seed, *(
-        prompts.corpus(task, 50, 0) for task in D.values()), *map(inspect.getsource, (
-            prompts, supervised, tiny_tokenizer, tiny_policy))]
-    name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
+    recipe = repr([cfg.sft_steps, cfg.mini_batch, cfg.seed, *(
+        prompts.corpus(task, 50, 0) for task in D.values())]) + "".join(map(
+            inspect.getsource, (prompts, supervised, tiny_tokenizer, tiny_policy)))
+    name = hashlib.sha256(recipe.encode()).hexdigest()[:16]
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "mlerl", name).expanduser()
     if not folder.exists():
         pairs = [p for task in D.values() for p in prompts.corpus(task, 6000 // len(D), cfg.seed)]
@@ -1388,6 +1413,8 @@ def parse(argv):
         raise UserError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}")
     if (cfg.mode == "run") != bool(cfg.program) or cfg.program and re.search("^all$|,", cfg.task):
         raise UserError("--mode run and --program FILE go together, with one --task: see --help")
+    if cfg.batch_size % WORLD or WORLD > 1 and (cfg.instrument, cfg.sampler) == ("lm", "hf"):
+        raise UserError(f"torchrun needs a --batch-size of k * {WORLD}, and --sampler vllm for lm")
     name = f"runs/{cfg.task.replace(',', '+')}-{preset}-s{cfg.seed}"
     cfg = dataclasses.replace(cfg, run=cfg.run or name)
     if cfg.mode in ("plot", "evaluate") and not os.path.exists(
@@ -1413,13 +1440,14 @@ def run_training(cfg, D):
     """--mode train and evaluate, from the warm start to the closing table."""
     run, env = Run(cfg, D), Environment(cfg, D)
     with contextlib.closing(env.pool):
-        for name, task in D.items():
-            print(f"task       {name}, {('real', 'STAND-IN')[task['standin']]} data")
-        print(f"policy     {cfg.policy or cfg.model} (preset {cfg.preset}: reward {cfg.reward}, "
-              f"duration {cfg.duration}), {cfg.collect}, in {cfg.run}")
-        print(*(f"programs   {line}" for line in env.pool.report), sep="\n")
+        print(*(f"task       {name}, {('real', 'STAND-IN')[task['standin']]} data"
+                for name, task in D.items()), f"policy     {cfg.policy or cfg.model} (preset "
+              f"{cfg.preset}: reward {cfg.reward}, duration {cfg.duration}), {cfg.collect}, in "
+              f"{cfg.run}", *(f"programs   {line}" for line in env.pool.report), sep="\n")
         torch.manual_seed(cfg.seed)
-        folder = cfg.policy or (tiny_policy(cfg, D) if cfg.model == "tiny" else cfg.model)
+        folder = cfg.policy or cfg.model
+        if folder == "tiny":
+            folder = gather([tiny_policy(cfg, D) if RANK == 0 else None])[0]
         torch.set_num_threads(1 if not torch.cuda.is_available() else 4)  # programs need the cores
         engine = VLLMSampler(cfg, folder) if cfg.sampler == "vllm" else None  # memory is free now
         learner = Learner(cfg, folder)
@@ -1440,7 +1468,7 @@ def run_training(cfg, D):
             evaluate("trained_improve", learner.actor, D, valid, *common)  # Sec. 3.3, App. C.2
             run.save(learner)
         write_evaluation(D, run)
-    if run.iteration:
+    if run.iteration and RANK == 0:
         plot(run.folder)
     print(f"{run.folder}: figures/training.png, evaluation.json, best/, policy/, metrics.jsonl")
 
@@ -1463,7 +1491,7 @@ def main(argv):
         problem = error
     except (MemoryError, getattr(globals().get("torch"), "OutOfMemoryError", MemoryError)):
         problem = "out of memory: lower --micro-batch or --workers, or a smaller --model"
-    except OSError as error:  # no space, no permission, a file in the way
+    except OSError as error:
         problem = f"{error}: free space or mend permissions, then run again to go on"
     print("mlerl:", " ".join(str(problem).split()), file=sys.stderr)
     return 2
