@@ -35,8 +35,7 @@ RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))  # processes of torchrun
 
 def import_torch():
-    """Bind the slow libraries as globals: `--help` and workers (§6) start without them. Under
-    torchrun, meet the other processes, take a GPU, and leave the terminal to the first."""
+    """Bind slow libraries as globals: --help and workers start without. Meet torchrun's others."""
     global checkpoint, state_dict, torch, transformers
     import torch
     import transformers
@@ -49,7 +48,7 @@ def import_torch():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # the terminal is rank 0's
 
 # §1 Config and Attempt (Table 3) ------------------------------------------------------------------
 Count, Index = Annotated[int, Interval(ge=1, le=1e9)], Annotated[int, Interval(ge=0, le=1e9)]
@@ -106,6 +105,7 @@ class Config:
     value_clip: Size = 0.5  # critic (Table 3)
     max_is_weight: Positive = 2.0  # C, cap of the weight of stale samples (CHOICE)
     entropy_coef: Size = 0.001  # bonus on a token's entropy (Table 3)
+    crowding: Size = 0.0  # off a valid program's R, times the share of the batch that scores as it
     kl_coef: Size = 0.001  # against the initial policy, in the reward (Table 3)
     gamma: Share = 1.0  # discount (Table 3)
     lam: Share = 1.0  # GAE's lambda (Table 3)
@@ -129,7 +129,7 @@ TINY = dict(  # CHOICE: the tiny policy's settings; README gives the reasons
     batch_size=64, mini_batch=32, micro_batch=4, oversample=1.25, max_prompt_tokens=384,
     max_response_tokens=256, top_p=0.98, instrument="ast", reward="bounded", duration="none",
     lr=2e-4, anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, ppo_epochs=2, entropy_coef=0.015,
-    kl_coef=0.005, timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64)
+    crowding=0.3, kl_coef=0.005, timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64)
 
 @dataclasses.dataclass
 class Attempt:
@@ -303,8 +303,7 @@ class VLLMSampler(HFSampler):
         """Yield each attempt when it is done, while the others are written on."""
         torch.cuda.empty_cache()
         self.llm.wake_up()
-        # Unlike parameters, the state names tied ones, too.
-        weights = ((name, whole(tensor)) for name, tensor in lm.state_dict().items())
+        weights = ((name, whole(t)) for name, t in lm.state_dict().items())  # also tied ones
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()  # of other weights
         engine, waiting = self.llm.llm_engine, {str(a.id): a for a in attempts}
@@ -968,17 +967,18 @@ def score_tokens(model, attempts, cfg, only=None, shared=True):
 
 # §9 Advantages, duration weights, losses (Alg. 1 l. 6, Eq. 2-3) -----------------------------------
 def assemble(attempts, learner, cfg, i):
-    """x, tensors of update i on the CPU, zero where masked: rewards R (B,); mask (B, T) bool of
-    response tokens; (B, T) float32 each: logp_old of the behaviour policy, as sampled, logp_prox of
-    the current one (fresh ones: the same), logp_ref of the initial one, values V."""
+    """x, tensors of update i on the CPU, zero where masked: rewards R (B,), less crowding; mask
+    (B, T) bool of response tokens; (B, T) float32: logp_old of the behaviour policy, as sampled,
+    logp_prox of the current one (fresh: the same), logp_ref of the initial one, values V."""
     stale = [k for k, a in enumerate(attempts) if a.version < i or cfg.sampler == "vllm"]
     scored, mask = score_tokens(learner.actor, attempts, cfg, only=stale)
-    logp_old = torch.zeros_like(scored)
+    logp_old, same = torch.zeros_like(scored), collections.Counter(a.score for a in attempts)
     logp_old[mask] = torch.tensor([p for a in attempts for p in a.logp])
     return types.SimpleNamespace(
         attempts=attempts, mask=mask, logp_old=logp_old,
         logp_prox=logp_old.index_copy(0, torch.tensor(stale).long(), scored[stale]),
-        R=torch.tensor([a.R for a in attempts]),
+        R=torch.tensor([a.R - cfg.crowding * a.valid * same[a.score] / len(attempts)
+                        for a in attempts]),
         logp_ref=score_tokens(learner.ref, attempts, cfg)[0],
         V=score_tokens(learner.critic, attempts, cfg)[0])
 

@@ -932,6 +932,17 @@ def test_assemble_scores_with_actor_where_stale_reference_and_critic(learner, sa
     assert x.R.tolist() == pytest.approx([a.R for a in attempts])
 
 
+def test_crowding_costs_a_valid_program_the_share_of_the_batch_that_scores_as_it_does(learner):
+    attempts, codes = random_attempts(10), "aaabbcaaad"
+    for k, (a, code) in enumerate(zip(attempts, codes)):
+        a.code, a.outcome = f"x = {k}\n", "crash" if k in (2, 9) else "ok"  # one score, whatever the words
+        a.score = None if k in (2, 9) else ord(code) / 128
+    shares = [0.5, 0.5, 0, 0.2, 0.2, 0.1, 0.5, 0.5, 0.5, 0]  # by hand
+    x = mlerl.assemble(attempts, learner, config(crowding=0.3), 0)
+    assert x.R.tolist() == pytest.approx([a.R - 0.3 * share for a, share in zip(attempts, shares)])
+    assert mlerl.Config().crowding == 0  # the paper has none
+
+
 # --------------------------------------------------------------------------------------------------
 # Several processes (torchrun)
 # --------------------------------------------------------------------------------------------------
