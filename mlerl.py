@@ -251,6 +251,7 @@ class HFSampler:
     """`sample` yields attempts as they are written: their programs run already."""
     def __init__(self, cfg, tokenizer):
         self.cfg, self.tokenizer, self.eos = cfg, tokenizer, tokenizer.eos_token_id
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama's has none
         self.generation = transformers.GenerationConfig(
             do_sample=True, temperature=cfg.temperature, top_k=max(0, cfg.top_k), top_p=cfg.top_p,
             repetition_penalty=1.0, max_new_tokens=cfg.max_response_tokens, pad_token_id=self.eos,
@@ -929,8 +930,7 @@ def response_logprobs(lm, ids, where, mask, cfg):
     def score(h, y):
         log_p = (head(h).float() / cfg.temperature).log_softmax(-1)           # (chunk, V)
         return log_p.gather(-1, y[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    # Of several chunks, the backward pass computes the logits again rather than keep them.
-    again = torch.is_grad_enabled() and len(h) > chunk
+    again = torch.is_grad_enabled() and len(h) > chunk  # compute, not keep, logits for backward
     parts = [checkpoint(score, *some, use_reentrant=False) if again else score(*some)
              for some in zip(h.split(chunk), y.split(chunk))]
     blank = torch.zeros(mask.shape, device=ids.device)

@@ -723,6 +723,13 @@ def test_ignore_eos_goes_on_to_the_full_length(learner):
         assert a.logp == pytest.approx(slow_logprobs(learner.actor, a, 0.7)[0].tolist(), abs=1e-4)
 
 
+def test_a_tokenizer_without_a_padding_token_will_do(learner):
+    learner.tokenizer.pad_token = None
+    done = sampled(learner, config(max_response_tokens=5), [[5, 6, 7], [5]])
+    for a in done:
+        assert a.logp == pytest.approx(slow_logprobs(learner.actor, a, 0.7)[0].tolist(), abs=1e-4)
+
+
 def test_attempts_are_written_in_the_order_in_which_they_were_drawn(learner):
     """By length, `--collect first` would kill the long prompts' programs before they began."""
     drawn = [[5, 6, 7] * 4, [5], [5, 6] * 3, [6], [7, 8, 9, 10]]
