@@ -1,9 +1,8 @@
 """mlerl: reinforcement learning for machine learning engineering agents, in one file.
 
-A language model (the policy) is shown a Kaggle task and writes a program that solves it; the
-program is executed and graded; PPO makes the model write better programs. This reimplements
-"Reinforcement Learning for Machine Learning Engineering Agents" (arXiv 2509.01684, "the paper")
-and follows its Algorithm 1: start reading at `train`.
+A language model (the policy) writes programs that solve Kaggle tasks; they are executed and graded;
+PPO makes it write better ones. This reimplements "Reinforcement Learning for Machine Learning
+Engineering Agents" (arXiv 2509.01684, "the paper") after its Algorithm 1: begin at `train`.
 
     python mlerl.py --task random-acts-of-pizza                  # train, evaluate, draw figures
     python mlerl.py --mode run --task NAME --program FILE.py     # execute and grade one program
@@ -85,7 +84,6 @@ class Config:
     top_k: Annotated[int, Interval(ge=-1)] = -1  # -1: no truncation (Table 3)
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0  # 1: no truncation (Table 3)
     ignore_eos: bool = False  # go on after the end token (Table 3)
-    sample_batch: Count = 128  # prompts a call of generate (CHOICE)
     instrument: Literal["lm", "ast", "none"] = "lm"  # who places the milestone prints (Sec. 3.2)
     reward: Literal["paper", "bounded"] = "paper"  # paper: -10 + 0.1 a milestone, else the score
     duration: Literal["paper", "none"] = "paper"  # paper: dt / mean dt on the policy loss (Eq. 3)
@@ -129,7 +127,7 @@ TINY = dict(  # CHOICE: the tiny policy's settings; README gives the reasons
     batch_size=64, mini_batch=32, micro_batch=4, oversample=1.25, max_prompt_tokens=384,
     max_response_tokens=256, top_p=0.98, instrument="ast", reward="bounded", duration="none",
     lr=2e-4, anneal_to=0.15, critic_lr=1e-3, critic_init_std=0.0, ppo_epochs=2, entropy_coef=0.015,
-    crowding=0.3, kl_coef=0.005, timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64)
+    crowding=0.4, kl_coef=0.005, timeout=20.0, cpu_limit=15.0, memory_gb=2.0, disk_mb=64)
 
 @dataclasses.dataclass
 class Attempt:
@@ -144,6 +142,7 @@ class Attempt:
     logp: list[float] = dataclasses.field(default_factory=list)  # behaviour policy's, per token
     plan: str = ""
     code: str = ""  # as the policy wrote it, without instrumentation
+    reused: bool = False  # what follows is another attempt's with the same program
     placed: str = ""  # who placed the milestone prints: lm, ast
     outcome: str = ""  # ok no_code syntax import crash timeout memory (no|invalid)_submission infra
     dt: float | None = None  # wall seconds of the program alone; None: nothing was run
@@ -267,8 +266,8 @@ class HFSampler:
     def write(self, attempts, lm):
         """Yield the attempts with response_ids and logp."""
         lm.generation_config = transformers.GenerationConfig()  # a checkpoint's would fill gaps
-        for k in range(0, len(attempts), self.cfg.sample_batch):
-            chunk = attempts[k:k + self.cfg.sample_batch]
+        for k in range(0, len(attempts), self.cfg.batch_size):
+            chunk = attempts[k:k + self.cfg.batch_size]
             asked = self.tokenizer.pad({"input_ids": [a.prompt_ids for a in chunk]},
                                        padding_side="left", return_tensors="pt").to(lm.device)
             with torch.no_grad(), autocast(self.cfg, lm.device):
@@ -292,7 +291,7 @@ class VLLMSampler(HFSampler):
             self.llm = vllm.LLM(
                 str(folder), skip_tokenizer_init=True, dtype=cfg.dtype, seed=cfg.seed + RANK,
                 distributed_executor_backend="external_launcher" if WORLD > 1 else None,
-                max_num_seqs=cfg.sample_batch, kv_cache_memory_bytes=int(cfg.kv_cache_gb * 2 ** 30),
+                max_num_seqs=cfg.batch_size, kv_cache_memory_bytes=int(cfg.kv_cache_gb * 2 ** 30),
                 logprobs_mode="processed_logprobs", enable_sleep_mode=torch.cuda.is_available())
         self.longest = self.llm.llm_engine.model_config.max_model_len  # tokens
         self.params = vllm.SamplingParams(  # ignore_eos: no end token but ours ends a response
@@ -793,9 +792,11 @@ class Environment:
         self.running = []  # (attempt, future of its result), oldest first
 
     def submit(self, attempts):
-        """Queue attempts as they come. Does not wait for executions."""
+        """Queue attempts as they come. CHOICE: copies of a program in flight share its run."""
         for a, copied in self.copies(attempts):
-            self.running.append((a, self.pool.submit(self.step, a, copied)))
+            same = [f for b, f in self.running if b.task == a.task and b.code == a.code and b.plan]
+            a.reused = bool(a.plan and same)
+            self.running += [(a, same[0] if a.reused else self.pool.submit(self.step, a, copied))]
 
     def step(self, a, copied=""):
         """Instrument, execute, grade and reward an attempt, in a thread: the fields that this
@@ -1018,9 +1019,8 @@ def whiten(A, mask, tasks, R):
 def duration_weights(dt, cfg):
     """Weights w = dt / mean(dt) on the policy gradient (Eq. 3, Sec. 3.1).
     dt: B wall seconds, None where nothing was run. Returns (B,) float32 with mean 1; it multiplies
-    the policy loss only, never the value loss.
-    CHOICE: an answer without a program never was an execution, so no duration biases how often it
-    is seen: it gets weight 1 (0 would make it the one failure without a gradient)."""
+    the policy loss only, never the value loss. CHOICE: an answer without a program was no execution
+    whose duration could bias how often it is seen: weight 1 (0 would leave it no gradient)."""
     ran = [t for t in dt if t is not None]
     if cfg.duration == "none" or not sum(ran):
         return torch.ones(len(dt))
@@ -1223,7 +1223,7 @@ class Run:
                 row = {k: v for k, v in vars(a).items() if k not in hidden}
                 row |= dict(phase=phase, tokens=len(a.response_ids), standin=task["standin"])
                 file.write(json.dumps(row) + "\n")
-                self.executions += a.dt is not None
+                self.executions += a.dt is not None and not a.reused
                 if a.valid and a.score != old and grade.best(task, [a.score, old]) == a.score:
                     self.best[a.task] = a.score
                     for end, content in dict(py=a.code, csv=a.submission, json=row).items():
@@ -1297,7 +1297,7 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
         staleness_mean=mean(i - a.version for a in batch),
-        distinct=len({a.code for a in batch if a.code}),
+        distinct=len({a.code for a in batch if a.code}), reused=mean(a.reused for a in batch),
         tasks={t: summarize(env.D[t], [a for a in batch if a.task == t]) for t in env.D},
         lm_placed=mean(a.placed == "lm" for a in batch if a.placed),
         **variance_parts([a.R for a in batch], [a.valid for a in batch]),

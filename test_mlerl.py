@@ -660,7 +660,7 @@ def sampled(learner, cfg, prompts_, version=3):
 
 
 def test_sampler_logp_equals_a_fresh_forward_pass(learner):
-    cfg = config(max_response_tokens=9, sample_batch=4)
+    cfg = config(max_response_tokens=9, batch_size=4)
     done = sampled(learner, cfg, [a.prompt_ids for a in random_attempts(10)])
     assert len(done) == 10 and {a.version for a in done} == {3}
     for a in done:
@@ -698,7 +698,7 @@ CHECKPOINT = dict(repetition_penalty=3.0, top_k=1, top_p=0.1, temperature=0.05, 
 
 @pytest.mark.parametrize("name", [None, *CHECKPOINT])
 def test_sampler_draws_from_the_tempered_policy_whatever_the_checkpoint_says(learner, name):
-    cfg, n = config(max_response_tokens=1, sample_batch=1000), 1000
+    cfg, n = config(max_response_tokens=1, batch_size=1000), 1000
     prompt = [7, 8]
     for _ in range(12):  # greedy text repeats itself: a penalty on repetition would show
         prompt.append(int(learner.actor(input_ids=torch.tensor([prompt])).logits[0, -1].argmax()))
@@ -733,14 +733,14 @@ def test_a_tokenizer_without_a_padding_token_will_do(learner):
 def test_attempts_are_written_in_the_order_in_which_they_were_drawn(learner):
     """By length, `--collect first` would kill the long prompts' programs before they began."""
     drawn = [[5, 6, 7] * 4, [5], [5, 6] * 3, [6], [7, 8, 9, 10]]
-    done = sampled(learner, config(max_response_tokens=3, sample_batch=2), drawn)
+    done = sampled(learner, config(max_response_tokens=3, batch_size=2), drawn)
     assert [a.prompt_ids for a in done] == drawn
 
 
 def samples_with_vllm(policy, found):
     """In a process of its own: largest difference of vLLM's log-probs to a forward pass, with weights
     that were not handed over, with the actor's, with the frozen LM's; and what it wrote."""
-    cfg = config(sampler="vllm", max_prompt_tokens=32, max_response_tokens=24, sample_batch=8, kv_cache_gb=0.2)
+    cfg = config(sampler="vllm", max_prompt_tokens=32, max_response_tokens=24, batch_size=8, kv_cache_gb=0.2)
     sampler = mlerl.VLLMSampler(cfg, policy)
     torch.manual_seed(0)
     learner = mlerl.Learner(cfg, policy)
@@ -1762,14 +1762,26 @@ def test_infra_is_left_out_and_counted_never_rewarded(D, fakes):
     assert [a.id for a in batch] == [0, 2, 3, 4, 5, 6] and [a.id for a in lost["infra"]] == [1]
 
 
-def test_every_program_is_executed_and_counted_copies_too(D, fakes, tmp_path):
-    env, code = environment(D), script(dt=2.0)
-    env.submit([attempt(code, id=0), attempt(code, id=1), attempt(code, id=2, plan="")])
-    batch, _ = env.collect(3, 0, keep=True)
-    assert FakePool.last.submitted == [code, code] and batch[2].outcome == "no_code"
+def test_copies_of_a_program_in_flight_share_its_one_execution(D, fakes, tmp_path):
+    """Not with one of another task, one that an update has consumed, or one without a plan, which is none."""
+    D["other"] = dict(D[TASK], name="other")
+    env, first, second = environment(D), script(dt=2.0), script(dt=3.0)
+    made = [attempt(code, id=k) for k, code in enumerate([first, second, first, first, first])]
+    made[3].task, made[4].plan = "other", ""
+    env.submit(made[:2])  # in flight from an earlier call
+    env.submit(made[2:])
+    batch, _ = env.collect(5, 0, keep=True)
+    assert [a.id for a in batch] == [0, 1, 2, 3, 4]
+    assert [a.reused for a in batch] == [False, False, True, False, False]
+    assert [a.dt for a in batch] == [2.0, 3.0, 2.0, 2.0, None]
+    assert batch[2].R == batch[0].R and batch[2].submission and batch[4].outcome == "no_code"
+    assert FakePool.last.submitted == [first, second, first]
     run = mlerl.Run(config(run=str(tmp_path / "run")), D)
     run.log_attempts(batch, "train")
-    assert run.executions == 2
+    assert run.executions == 3  # the shared one counts once, what was not run not at all
+    env.submit([attempt(first, id=5)])  # the others are gone
+    (again,), _ = env.collect(1, 1, keep=True)
+    assert not again.reused and len(FakePool.last.submitted) == 4
 
 
 def test_tick_counts_the_consumed(D, fakes):
@@ -2193,7 +2205,7 @@ def test_one_command_trains_evaluates_and_draws(command, monkeypatch, tmp_path, 
     assert {a["kind"] for a in attempts if a["phase"] in PHASES[:2]} == {"solve"}
     scratch = {a["id"] for a in attempts if a["phase"] == "trained_scratch" and a["outcome"] == "ok"}
     assert {a["parent"] for a in attempts if a["phase"] == "trained_improve"} <= scratch
-    assert found["executions"] == sum(a["dt"] is not None for a in attempts)
+    assert found["executions"] == sum(a["dt"] is not None and not a["reused"] for a in attempts)
     assert found["standin"] is True and found["report_fold"] == 0
     assert {"medal", "paper"} <= set(found) and found["paper"]["Table 1"]
     assert (run / "figures").is_dir() and list((run / "figures").glob("*.png"))
@@ -2328,7 +2340,7 @@ WRONG_WORDS = [
     dict(seed="one"), dict(lr="fast"), dict(batch_size="4.5")]
 WRONG_NUMBERS = [
     dict(batch_size=0), dict(mini_batch=0), dict(micro_batch=-1), dict(ppo_epochs=0),
-    dict(sample_batch=0), dict(save_every=0), dict(eval_samples=-1), dict(iterations=-1),
+    dict(save_every=0), dict(eval_samples=-1), dict(iterations=-1),
     dict(oversample=0.5), dict(oversample="nan"), dict(oversample="inf"), dict(temperature=0),
     dict(temperature="nan"), dict(top_p=0), dict(top_p=1.5), dict(top_k=-2), dict(p_improve=1.5),
     dict(p_improve="nan"), dict(report_fold=1.0), dict(report_fold=-0.1), dict(timeout=0),
