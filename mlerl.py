@@ -367,21 +367,21 @@ def milestones(tree):
 
 def instrument(code, secret, copied=""):
     """(program with a print at each milestone, who placed them: "lm" or "ast") (Sec. 3.2).
-    Each print carries the run's secret, so that prints of the policy's own earn nothing, and stands
-    inside try/except, so that it cannot make the program fail. Of the frozen LM's copy only the
-    places count: if it changed anything but prints, rules decide. What does not parse stays."""
+    Each print carries the run's secret, so that the policy's own earn nothing, in a try block, which
+    cannot fail. Of the frozen LM's copy only places count: if more was changed, rules decide. What
+    does not parse stays, or in threads at once (CPython's gh-106905, a SystemError)."""
     def ours(indent, marker, loss):
         loss = f", {loss}" if loss else ""
         return f"{indent}try: print('{secret} {marker}'{loss})\n{indent}except Exception: pass"
     def passes(program):  # one more for each print, unless it got into a text
         return sum(isinstance(node, ast.Pass) for node in ast.walk(ast.parse(program)))
-    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
         plain, m = MARKER_PRINT.subn(HIDE, code)
         program, n = MARKER_PRINT.subn(lambda found: ours(*found.groups()), copied)
         if copied and passes(program) == passes(code) + m + n and ast.dump(ast.parse(plain)) == (
                 ast.dump(ast.parse(MARKER_PRINT.sub("", copied)))):
             return program, "lm"
-    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
         n, lines = 0, re.sub("\r\n?", "\n", code).split("\n")
         found = sorted(milestones(ast.parse(code)), key=lambda found: found[1].end_lineno)
         for marker, node, loss in reversed(found):

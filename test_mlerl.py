@@ -1537,6 +1537,14 @@ def test_prints_within_a_text_are_never_replaced(tmp_path):
         assert placed == "ast" and program == text
 
 
+def test_what_cpython_fails_to_parse_in_threads_at_once_stops_no_run(monkeypatch):
+    def parse(*_):
+        raise SystemError("AST constructor recursion depth mismatch (before=27, after=22)")
+
+    monkeypatch.setattr(ast, "parse", parse)
+    assert mlerl.instrument("x = 1\n", SECRET, "x = 1\n") == ("x = 1\n", "")
+
+
 def test_a_network_is_a_model(tmp_path):
     program, _ = mlerl.instrument("net = nn.Sequential(nn.Linear(2, 1))\n", SECRET)
     assert f"{SECRET} defined model" in program
