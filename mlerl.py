@@ -367,7 +367,7 @@ def milestones(tree):
 
 def instrument(code, secret, copied=""):
     """(program with a print at each milestone, who placed them: "lm" or "ast") (Sec. 3.2).
-    Each print carries the run's secret, so that the policy's own earn nothing, in a try block, which
+    Each print carries the run's secret, so that the policy's own earn nothing, in a try block, that
     cannot fail. Of the frozen LM's copy only places count: if more was changed, rules decide. What
     does not parse stays, or in threads at once (CPython's gh-106905, a SystemError)."""
     def ours(indent, marker, loss):

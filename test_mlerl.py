@@ -1577,9 +1577,9 @@ def test_the_policys_own_marker_prints_are_hidden_from_the_lm_and_earn_nothing(t
 
 def test_attempts_are_instrumented_by_the_lm_or_by_rule_and_counted(D, fakes):
     env = environment(D, instrument="lm")
-    copies = {0: script() + 'print("loaded data")\n', 1: "x = 2"}
+    copies = {0: script(dt=1.0) + 'print("loaded data")\n', 1: "x = 2"}
     env.copies = lambda attempts: ((a, copies.get(a.id, "")) for a in attempts)
-    env.submit([attempt(script(), id=k) for k in range(3)] + [attempt("", id=3)])
+    env.submit([attempt(script(dt=k + 1.0), id=k) for k in range(3)] + [attempt("", id=3)])
     batch, _ = env.collect(4, 0, keep=True)
     assert {a.id: a.placed for a in batch} == {0: "lm", 1: "ast", 2: "ast", 3: ""}
     assert "loaded data" in FakePool.last.submitted[0] and all(SECRET not in a.code for a in batch)
@@ -2031,7 +2031,7 @@ def test_attempts_line_tells_the_whole_story(fakes, D, policy, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # Resume
 # --------------------------------------------------------------------------------------------------
-TIMING = ("wall_s", "sample_s", "execute_s", "update_s")
+TIMING = ("wall_s", "sample_s", "execute_s", "update_s", "reused")  # a resumed run executes copies in flight, too
 LEARNS = dict(batch_size=5, mini_batch=3, oversample=1.6, ppo_epochs=2, lr=1e-3, critic_lr=1e-3)
 
 
@@ -2052,7 +2052,8 @@ def assert_same_run(one, two, folder_one, folder_two):
     rows = [[{k: v for k, v in row.items() if k not in TIMING} for row in lines(f, "metrics.jsonl")]
             for f in (folder_one, folder_two)]
     assert rows[0] == rows[1]
-    assert lines(folder_one, "attempts.jsonl") == lines(folder_two, "attempts.jsonl")
+    attempts = [[a | dict(reused=None) for a in lines(f, "attempts.jsonl")] for f in (folder_one, folder_two)]
+    assert attempts[0] == attempts[1]
     for field in ("iteration", "drawn", "best"):
         assert getattr(one[-1], field) == getattr(two[-1], field)
     assert [a.id for a in one[-1].D_prev] == [a.id for a in two[-1].D_prev]
