@@ -1084,9 +1084,9 @@ def like(tensor, full, rows):
     """The given rows of a (B, T) tensor, in shape and on the device of `tensor`."""
     return full[rows, :tensor.shape[1]].to(tensor.device)
 
-def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip):
-    """cfg.ppo_epochs passes of mini-batches; gradients add up over micro-batches and processes.
-    Returns the mean over optimizer steps of what loss_function reports, and the gradient norm."""
+def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip, shared=True):
+    """cfg.ppo_epochs passes of mini-batches; gradients add up over micro-batches (shared: and
+    processes). Returns the mean over steps of what loss_function reports, and the gradient norm."""
     totals, steps = collections.Counter(), 0
     model.train()  # no dropout anywhere: this only lets checkpointing work
     for _ in range(cfg.ppo_epochs):
@@ -1094,20 +1094,20 @@ def optimize(model, optimizer, loss_function, attempts, mask, cfg, grad_clip):
             mini = sorted(mini.tolist())
             c_all = torch.zeros(mask.shape)
             c_all[mini] = token_weights(mask[mini], cfg.loss_agg)             # (B, T)
-            for rows, counts in micro_batches(attempts, mini, cfg.micro_batch):
+            for rows, counts in micro_batches(attempts, mini, cfg.micro_batch, shared):
                 batch = padded([attempts[j] for j in rows], model.device)
                 with autocast(cfg, model.device):
                     loss, report = loss_function(rows, batch, like(batch[2], c_all, rows) * counts)
-                (loss * WORLD).backward()  # FSDP takes the mean over processes
+                (loss * WORLD ** shared).backward()  # FSDP takes the mean over processes
                 totals.update({key: float(value.detach()) for key, value in report.items()})
             totals["grad_norm"] += float(whole(
-                torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))) / WORLD
+                torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))) / WORLD ** shared
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps += 1
     model.eval()  # checkpointing would keep `generate` from its cache
     sums = collections.Counter()
-    for part in gather([totals]):
+    for part in gather([totals]) if shared else [totals]:
         sums.update(part)
     return {key: value / steps for key, value in sums.items()}
 
@@ -1348,7 +1348,7 @@ def supervised(lm, tokenizer, pairs, cfg):
         return nll, {"loss": nll}
     for _ in tqdm.trange(cfg.sft_steps, desc="supervised fine-tuning", leave=False, disable=None):
         chosen = rng.sample(data, min(cfg.mini_batch, len(data)))
-        optimize(lm, optimizer, loss, chosen, padded(chosen, "cpu")[2], cfg, cfg.actor_grad_clip)
+        optimize(lm, optimizer, loss, chosen, padded(chosen, "cpu")[2], cfg, 1.0, shared=False)
         schedule.step()
 
 def tiny_tokenizer(pairs):

@@ -957,6 +957,9 @@ def replay(policy, found, changes):
     """Two full updates on recorded attempts, each process with its own share of them until it gathers
     those of all, as `collect` does. Rank 0 saves the models, what was logged, and the seeds' draws."""
     cfg = config(lr=1e-3, critic_lr=1e-3, micro_batch=2, critic_init_std=0.5, kl_coef=0.05, **changes)
+    if mlerl.RANK == 0:  # the tiny policy is trained by one process, which the others do not hear of
+        mlerl.supervised(*mlerl.load_policy(policy), [([{"role": "user", "content": "Task"}], EXAMPLE)] * 5,
+                         dataclasses.replace(cfg, sft_steps=2))
     learner, stats = mlerl.Learner(cfg, policy), []
     for i in range(2):
         mine = random_attempts(11, seed=i)[mlerl.RANK::mlerl.WORLD]
