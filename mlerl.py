@@ -103,7 +103,7 @@ class Config:
     value_clip: Size = 0.5  # critic (Table 3)
     max_is_weight: Positive = 2.0  # C, cap of the weight of stale samples (CHOICE)
     entropy_coef: Size = 0.001  # bonus on a token's entropy (Table 3)
-    crowding: Size = 0.0  # off a valid program's R, times the share of the batch that scores as it
+    crowding: Size = 0.0  # off a valid R, times the share of the batch with its score (CHOICE)
     kl_coef: Size = 0.001  # against the initial policy, in the reward (Table 3)
     gamma: Share = 1.0  # discount (Table 3)
     lam: Share = 1.0  # GAE's lambda (Table 3)
@@ -816,8 +816,8 @@ class Environment:
 
     def collect(self, B, i, keep, tick=lambda n: None):
         """Wait until B executions complete (Alg. 1 l. 5), each process for its own; returns all of
-        theirs: (batch, lost). lost["infra"] and ["stale"] are attempts that failed by our fault, or
-        over max_staleness updates old, never rewarded; ["killed"] seconds that those had run."""
+        theirs: (batch, lost). lost["infra"], ["stale"]: attempts that failed by our fault, or are
+        over max_staleness updates old, never rewarded; ["killed"]: seconds of those not kept."""
         batch, lost = [], dict(infra=[], stale=[], killed=[])
         while len(batch) < B and self.running:
             futures = [future for _, future in self.running]
