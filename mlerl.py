@@ -477,6 +477,8 @@ def drop_rights(job):
         os.setresgid(*[job.uid] * 3)
         os.setresuid(*[job.uid] * 3)
     if job.walls:
+        with contextlib.suppress(OSError):  # a new keyring (where containers do not forbid it)
+            libc("syscall", 250 if os.uname().machine == "x86_64" else 219, 1, None)
         libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
         libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc
 
@@ -546,7 +548,7 @@ def new_box(job, slot):
              b"mode=1777,size=%dm,nr_inodes=%d" % (job.disk_mb, MAX_FILES))
     (slot / "work/tmp").mkdir(parents=True)
     os.chdir(slot / "work")  # whatever a program puts in its place
-    pathlib.Path("program.py").write_bytes(job.code.encode(errors="replace"))
+    shutil.copyfile(job.code, "program.py")
     pathlib.Path(job.task).symlink_to(pathlib.Path(job.public, job.task))
     for path in (".", "tmp", "program.py") if "user id" in job.walls else ():
         os.chown(path, job.uid, job.uid)
@@ -558,25 +560,34 @@ def new_box(job, slot):
         subprocess.run(["sh", "-c", REMOVE, slot / "work"])
         subprocess.run(["find", "/dev/shm", "-user", str(job.uid), "-delete"])
 
-def execute(job, slot):
-    """Run one program in a new work folder; returns what the Attempt is to hold of it.
-    "ok": ended without error and left a submission, which is in base64. No word of the output is
-    believed: forging one may change the name of a program's failure, never make it a success."""
-    with new_box(job, slot), tempfile.TemporaryFile(dir=slot) as output:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                become_program(job, output.fileno())
-            finally:
-                os._exit(77)
-        status, why, dt = see_out(job, pid)
-        output.seek(0)
-        text = output.read(FLOOD).decode(errors="replace")
-        text, marks = read_output(text, job.secret, job.output_kb << 10)
-        data = read_submission() if status == 0 else None
-    return dict(outcome=why or name_outcome(status, text, data), exit=status, dt=dt,
-                output=text.replace(f"{slot}/work/", ""), marks=marks,
-                submission=base64.b64encode(data or b"").decode())
+def fork(function, *args):
+    """Call a function, which never returns, in a child of this process; the child's id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function(*args)
+        finally:
+            os._exit(77)
+    return pid
+
+def answer(job, slot, output, status, why, dt):
+    """Print what the Attempt is to hold of a program that ended; never returns. "ok": it ended
+    without error and left a submission, here in base64. No word of the output is believed: forging
+    one may change the name of a failure, never make it a success."""
+    fcntl.fcntl(output, fcntl.F_SETFL, 0)  # O_DIRECT, set by the program, would let reading fail
+    text = os.pread(output.fileno(), FLOOD, 0).decode(errors="replace")
+    # One behind a quote is only a traceback's view of an inserted line.
+    marks = re.findall(rf"(?<!['\"]){job.secret} ([^\r\n]{{0,200}})", text)[:64]
+    text, limit = re.sub(f"{job.secret} ?", "", text), job.output_kb << 10
+    if len(text) > limit:
+        cut = f"\n... {len(text) - limit} characters cut ...\n"
+        text = text[:limit // 2] + cut + text[-limit // 2:]
+    data = read_submission() if status == 0 else None
+    print(json.dumps(dict(
+        outcome=why or name_outcome(status, text, data), exit=status, dt=dt, marks=marks,
+        output=text.replace(f"{slot}/work/", ""),
+        submission=base64.b64encode(data or b"").decode())), flush=True)
+    os._exit(0)
 
 def name_outcome(status, text, data):
     """A word for how a program ended; for a failure from the traceback at the end of its output."""
@@ -587,16 +598,6 @@ def name_outcome(status, text, data):
     error = (re.findall(r"^([\w.]*(?:Error|Exception|Interrupt))(?::|$)", text, re.M) or [""])[-1]
     return next((word for end, word in FAILURES.items() if error.endswith(end)), "crash")
 
-def read_output(text, secret, limit):
-    """(head and tail of what a program printed, without the secret; the marks in all of it)."""
-    # One behind a quote is only a traceback's view of an inserted line.
-    marks = re.findall(rf"(?<!['\"]){secret} ([^\r\n]{{0,200}})", text)[:64]
-    text = re.sub(f"{secret} ?", "", text)
-    if len(text) > limit:
-        cut = f"\n... {len(text) - limit} characters cut ...\n"
-        text = text[:limit // 2] + cut + text[-limit // 2:]
-    return text, marks
-
 def read_submission():
     """Bytes of a submission; None for a link, FIFO, device, folder or gigantic file."""
     plain = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -606,26 +607,30 @@ def read_submission():
             return file.read()
 
 def kill_user(uid):
-    """Kill all processes of a user at one stroke, with ids that they cannot signal."""
-    code = f"import os; os.setresuid({uid // 2}, {uid}, {uid // 2}); os.kill(-1, 9)"
-    subprocess.run([sys.executable, "-ISc", code], stderr=subprocess.DEVNULL)
+    """Kill all processes of a user at one stroke, with ids that no program can signal."""
+    code = f"import os; os.setresuid({uid - 10**9}, {uid}, {uid - 10**9}); os.kill(-1, 9)"
+    subprocess.run([sys.executable, "-ISc", code], stderr=subprocess.DEVNULL, cwd="/")
 
 def worker():
-    """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
-    stdout. An empty line means: kill the program that runs."""
+    """A slot's process: takes jobs from stdin, a line of JSON each, until it closes; an empty one
+    kills the program that runs. What a program writes never enters it: the next would find that."""
     slot, boxed = pathlib.Path.cwd(), False
     del sys.path[0]  # this file's folder, in which data and runs may lie: closed to programs
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would let programs reach process 1
-    limits = [resource.getrlimit(k) for k in range(9)], os.nice(0)
+    kinds = range(16 if sys.platform == "linux" else 9)
+    limits = [*map(resource.getrlimit, kinds), os.nice(0)]
     for line in filter(bytes.strip, sys.stdin.buffer):
         job = types.SimpleNamespace(**json.loads(line))
         try:
             boxed = boxed or not enter_box(job)
-            print(json.dumps(execute(job, slot)), flush=True)  # kept nowhere: the next forks
+            with new_box(job, slot), tempfile.TemporaryFile(dir=slot) as output:
+                ended = see_out(job, fork(become_program, job, output.fileno()))
+                if os.waitpid(fork(answer, job, slot, output, *ended), 0)[1]:
+                    raise OSError("cannot read what a program left")
         except OSError as error:
             print(json.dumps(dict(outcome="infra", output=str(error))), flush=True)
-        if limits != ([resource.getrlimit(k) for k in range(9)], os.nice(0)):
+        if limits != [*map(resource.getrlimit, kinds), os.nice(0)]:
             return  # a program of our own user id changed them
 
 PROBE = """
@@ -635,7 +640,8 @@ for claim, attacks in [
         ("the trainer", [(os.kill, {pid}, 0), (open, "/proc/{pid}/environ"),
                          (resource.prlimit, {pid}, resource.RLIMIT_CORE)]),
         ("files outside its folder", [(os.utime, {stage!r}), *((os.listdir, f) for f in {home!r})]),
-        ("network", [(socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))])]:
+        ("network", [(socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))]),
+        ("a virtual machine's host", [(socket.socket, 40)])]:  # AF_VSOCK
     reached = "out of"
     for act, *arguments in attacks:
         with contextlib.suppress(OSError):
@@ -665,6 +671,7 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
             stderr=subprocess.DEVNULL, start_new_session=True)
         uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
         self.slots = [types.SimpleNamespace(folder=self.stage / f"slot{k}", uid=uid + k,
+                                            code=self.stage / f"program{k}.py",
                                             process=None, began=None) for k in range(count)]
         self.free = self.slots.copy()
         self.job = dataclasses.asdict(cfg) | dict(secret=secret, public=str(self.stage / "public"))
@@ -690,23 +697,23 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
                 return [
                     "forked with the usual imports" if forked else "fresh interpreters",
                     f"walls: {', '.join(walls) or 'none'}", *report,
-                    "NOT limited: memory that their processes share, or hold together",
-                    *["NOT limited: the number of their files"] * ("namespaces" not in walls),
-                    *["NOT limited: the number of their processes"] * (
-                        not os.getuid() and "user id" not in walls)]
+                    "NOT limited: memory that their processes share, or hold together"
+                    + ", number of files" * ("namespaces" not in walls)
+                    + ", number of processes" * (not os.getuid() and "user id" not in walls)]
             self.hang_up(self.free[-1])  # the worker is behind these walls for good
         raise UserError(f"programs cannot run safely here ({result['outcome']}: "
                         f"{result['output'][-200:]}): see README's table, or accept the risk with "
                         "--unsafe-exec")
 
     def run(self, task, code, **limits):
-        """Execute a program, a second time where it failed by our fault: the fields that `execute`
-        returns. Blocks, so it is for threads."""
+        """Execute a program, a second time where it failed by our fault: the fields that `answer`
+        prints. Blocks, so it is for threads."""
         slot = self.free.pop()
-        job = self.job | dict(task=task, code=code, uid=slot.uid) | limits
+        job = self.job | dict(task=task, code=str(slot.code), uid=slot.uid) | limits
         for _ in range(2):
             slot.began = time.monotonic()
             try:
+                slot.code.write_bytes(code.encode(errors="replace"))
                 worker = slot.process = slot.process or self.start_worker(slot, job["walls"])
                 print(json.dumps(job), file=worker.stdin, flush=True)
                 result = json.loads(worker.stdout.readline())
@@ -1180,7 +1187,8 @@ class Run:
         with grade.blame(UserError, f"{cfg.run} is in use: wait, or give another --run"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         new, path = dataclasses.asdict(cfg), self.folder / "config.json"
-        old = read_json(path) if path.exists() else new
+        with grade.blame(UserError, f"{path} is not valid JSON; mend it or move it away"):
+            old = json.loads(path.read_text()) if path.exists() else new
         if changed := [k for k in new if k not in FREE and old.get(k) != new[k]]:
             raise UserError(f"{cfg.run} differs in {', '.join(changed)}: keep it, or a new --run")
         write(path, new)
@@ -1262,14 +1270,7 @@ def save_policy(folder, lm, tokenizer):
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
 
-def read_json(path):
-    """Parse a JSON file. Raises UserError."""
-    with grade.blame(UserError, f"{path} is not valid JSON; mend it or move it away"):
-        return json.loads(path.read_text())
-
 # §13 Metrics and figures (Fig. 1, 2, 7-10) --------------------------------------------------------
-EDGES = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e9)  # seconds, of the histograms of durations
-
 def variance_parts(R, valid):
     """Shares of Var(R), by the law of total variance, that come from: being valid or not, the
     milestones of failures, the scores of valid programs. R (B,), valid (B,) bool."""
@@ -1280,8 +1281,8 @@ def variance_parts(R, valid):
     return {f"variance_{name}": float(part / (whole or 1.0)) for name, part in parts.items()}
 
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
-    """One line of metrics.jsonl. `durations` are of consumed programs, `durations_sampled` also of
-    stale ones and those killed once the batch was full, which count the seconds they had run."""
+    """One line of metrics.jsonl. duration_sampled_mean counts also stale programs and those killed
+    once the batch was full, with the seconds they had run."""
     dt = [a.dt for a in batch if a.dt is not None]
     sampled = dt + lost["killed"] + [a.dt for a in lost["stale"] if a.dt is not None]
     G, V = returns[x.mask], x.V[x.mask]
@@ -1291,8 +1292,6 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         valid_share=mean(a.valid for a in batch),
         valid_score_mean=mean(a.score for a in batch if a.valid),
         duration_mean=mean(dt), duration_sampled_mean=mean(sampled),
-        durations=np.histogram(dt, EDGES)[0].tolist(),
-        durations_sampled=np.histogram(sampled, EDGES)[0].tolist(),
         weight_max=float(w.max()), ess=float(w.sum() ** 2 / (w ** 2).sum()),
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
@@ -1309,11 +1308,12 @@ def plot(folder):
     import matplotlib.pyplot
     matplotlib.use("Agg")
     path = folder / "evaluation.json"
-    with grade.blame(UserError, f"{folder}/metrics.jsonl has nothing to draw yet, or is damaged"):
+    with grade.blame(UserError, f"{folder} has nothing to draw yet, or a file there is damaged"):
         text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # the rest is half a line
         table = pd.read_json(io.StringIO(text), lines=True)
         table["hours"] = table["wall_s"] / 3600
-    untrained = read_json(path).get("untrained", {}) if path.exists() else {}
+        task = json.loads((folder / "config.json").read_text())["task"]
+        untrained = json.loads(path.read_text() if path.exists() else "{}").get("untrained", {})
     figure, axes = matplotlib.pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for axis, (title, names, before) in zip(axes.flat, (
             ("Best score so far (Fig. 1, 7)", "best_score", "best"),
@@ -1327,8 +1327,7 @@ def plot(folder):
         if untrained.get(before) is not None:
             axis.axhline(untrained[before], color="gray", ls=":", label="untrained policy")
         axis.legend()
-    figure.suptitle(read_json(folder / "config.json")["task"]
-                    + " - STAND-IN data, not comparable" * bool(table["standin"].any()))
+    figure.suptitle(task + " - STAND-IN data, not comparable" * bool(table["standin"].any()))
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(folder / "figures" / "training.png", dpi=110)
 
