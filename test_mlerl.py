@@ -2897,7 +2897,7 @@ def test_threat_floods(world):
     named = [line for line in world.pool.report if "NOT limited" in line]
     assert len(named) == 1 and "memory" in named[0] and ("files" in named[0]) != world.has["namespaces"]
     before = set(os.listdir("/dev/shm"))
-    for (code, words), r in zip(floods.items(), world.runs(floods, timeout=15)):
+    for (code, words), r in zip(floods.items(), world.runs(floods, timeout=10)):
         assert r.outcome in words and len(r.output) < 40_000, (code, r)
     assert set(os.listdir("/dev/shm")) == before
 
@@ -2982,7 +2982,7 @@ for n in (0, 1):
 
 def test_threat_other_programs_remains_are_found_in_memory(world):
     """Programs are forks of one worker: had it read an earlier one's code, output or submission, all could."""
-    for rows in (400, 1162, 6000):
+    for rows in (1162, 6000):
         word = secrets.token_hex(12)
         victim = f"word = '{word}'  # of {rows}\nprint(*[word] * {rows})\nopen('submission.csv', 'w').write("
         victim += f"'id,label\\n' + ''.join(f'{{k:05d}},{{word}}\\n' for k in range({rows})))"
@@ -3009,12 +3009,11 @@ open('submission.csv', 'w').close()
 
 def test_threat_other_programs_are_spoilt(world):
     """By limits of the worker, which they would inherit; its death is no one's crash (`unharmed` runs two more)."""
-    for name in ("AS", "DATA", "NOFILE", "FSIZE", "SIGPENDING", "MSGQUEUE"):
+    for name in ("AS", "NOFILE"):
         r = world.run(f"""
 import os, resource
-what = resource.RLIMIT_{name} if hasattr(resource, 'RLIMIT_{name}') else 11
 used = int(open('/proc/self/statm').read().split()[0]) * 4096
-try: resource.prlimit(os.getppid(), what, (used + (120 << 20),) * 2 if what == 9 else (0, 0))
+try: resource.prlimit(os.getppid(), resource.RLIMIT_{name}, (used + (120 << 20) if '{name}' == 'AS' else 0,) * 2)
 except OSError: pass
 """)
         assert r.outcome in ("no_submission", "infra"), r
@@ -3058,8 +3057,10 @@ def test_threat_keys_of_the_trainer_are_read(world):
     if call(join, 1, None) == -1:
         pytest.skip("no keyrings here")
     assert call(add, b"user", b"mlerl-test", b"THE-KEY", 7, -3) > 0
-    own = World([[wall for wall, has in world.has.items() if has]])  # its workers inherit our keyring
-    for r in own.runs([f"""
+    for slot in world.pool.slots:  # new workers, which inherit our keyring
+        world.pool.hang_up(slot)
+        slot.process = world.pool.start_worker(slot, world.pool.job["walls"])
+    for r in world.runs([f"""
 import ctypes, os
 call, found = ctypes.CDLL(None, use_errno=True).syscall, ctypes.create_string_buffer(99)
 for name in (b'mlerl-test', b'left'):
@@ -3068,7 +3069,6 @@ for name in (b'mlerl-test', b'left'):
 call({add}, b'user', b'left', b'x', 1, -3)
 """] * 3):
         assert r.outcome == "no_submission" and not r.output, r
-    own.close()
 
 
 def test_threat_forged_marks_and_results(world):
