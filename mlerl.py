@@ -16,9 +16,9 @@ In shapes, B or b is sequences, T response tokens, L all of theirs, d hidden siz
 """
 from __future__ import annotations
 
-import ast, atexit, base64, collections, concurrent.futures, contextlib, copy, ctypes, dataclasses
+import ast, atexit, collections, concurrent.futures, contextlib, copy, ctypes, dataclasses
 import datetime, fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math
-import os, pathlib, random, re, resource, secrets, select, shutil, signal, stat, struct
+import os, pathlib, random, re, resource, secrets, select, shutil, signal, socket, stat, struct
 import subprocess, sys, tempfile, threading, time, types, weakref
 from typing import Annotated, Literal
 
@@ -518,8 +518,7 @@ def become_program(job, output):
     os._exit(status & 255)
 
 def see_out(job, pid):
-    """Wait until a program's first process ends or must end; then kill and reap all that is left:
-    (exit status or None, why, seconds)."""
+    """Wait until a program's first process ends or has to; kill and reap all that is left of it."""
     began, ended, why = time.monotonic(), 0, ""
     while ended != pid and not why:
         if select.select([0], [], [], 0.002)[0]:
@@ -537,7 +536,7 @@ def see_out(job, pid):
     with contextlib.suppress(ChildProcessError):
         while True:
             os.waitpid(-1, 0)  # orphans are our children, since we are process 1 or a subreaper
-    return None if why else os.waitstatus_to_exitcode(status), why, dt
+    return dict(exit=None if why else os.waitstatus_to_exitcode(status), outcome=why, dt=dt)
 
 @contextlib.contextmanager
 def new_box(job, slot):
@@ -560,34 +559,39 @@ def new_box(job, slot):
         subprocess.run(["sh", "-c", REMOVE, slot / "work"])
         subprocess.run(["find", "/dev/shm", "-user", str(job.uid), "-delete"])
 
-def fork(function, *args):
-    """Call a function, which never returns, in a child of this process; the child's id."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function(*args)
-        finally:
-            os._exit(77)
-    return pid
+def execute(job, slot, channel):
+    """Run one program in a new work folder; give the trainer what it leaves, open but unread."""
+    with new_box(job, slot), tempfile.TemporaryFile(dir=slot) as output:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                become_program(job, output.fileno())
+            finally:
+                os._exit(77)
+        result = see_out(job, pid)
+        # Whatever this process reads, later programs, its forks, could find in its memory.
+        files = [output, *filter(None, [result["exit"] == 0 and open_submission()])]
+        socket.send_fds(channel, [json.dumps(result).encode()], [f.fileno() for f in files])
 
-def answer(job, slot, output, status, why, dt):
-    """Print what the Attempt is to hold of a program that ended; never returns. "ok": it ended
-    without error and left a submission, here in base64. No word of the output is believed: forging
-    one may change the name of a failure, never make it a success."""
-    fcntl.fcntl(output, fcntl.F_SETFL, 0)  # O_DIRECT, set by the program, would let reading fail
-    text = os.pread(output.fileno(), FLOOD, 0).decode(errors="replace")
+def receive(channel, secret, limit):
+    """What the Attempt is to hold of a program; ValueError if its worker died. No word of output is
+    believed: forging one may change the name of a program's failure, never make it a success."""
+    said, fds, *_ = socket.recv_fds(channel, 1 << 16, 2)
+    with contextlib.ExitStack() as stack:
+        files, result = [stack.enter_context(open(fd, "rb")) for fd in fds], json.loads(said)
+        if not files:  # "infra"
+            return result
+        fcntl.fcntl(files[0], fcntl.F_SETFL, 0)  # no O_DIRECT, with which reading would fail
+        text = os.pread(fds[0], FLOOD, 0).decode(errors="replace")
+        data = files[1].read() if len(files) > 1 else None
     # One behind a quote is only a traceback's view of an inserted line.
-    marks = re.findall(rf"(?<!['\"]){job.secret} ([^\r\n]{{0,200}})", text)[:64]
-    text, limit = re.sub(f"{job.secret} ?", "", text), job.output_kb << 10
+    marks = re.findall(rf"(?<!['\"]){secret} ([^\r\n]{{0,200}})", text)[:64]
+    text = re.sub(f"{secret} ?", "", text)
     if len(text) > limit:
         cut = f"\n... {len(text) - limit} characters cut ...\n"
         text = text[:limit // 2] + cut + text[-limit // 2:]
-    data = read_submission() if status == 0 else None
-    print(json.dumps(dict(
-        outcome=why or name_outcome(status, text, data), exit=status, dt=dt, marks=marks,
-        output=text.replace(f"{slot}/work/", ""),
-        submission=base64.b64encode(data or b"").decode())), flush=True)
-    os._exit(0)
+    outcome = result["outcome"] or name_outcome(result["exit"], text, data)
+    return result | dict(outcome=outcome, output=text, marks=marks, submission=data or b"")
 
 def name_outcome(status, text, data):
     """A word for how a program ended; for a failure from the traceback at the end of its output."""
@@ -598,13 +602,13 @@ def name_outcome(status, text, data):
     error = (re.findall(r"^([\w.]*(?:Error|Exception|Interrupt))(?::|$)", text, re.M) or [""])[-1]
     return next((word for end, word in FAILURES.items() if error.endswith(end)), "crash")
 
-def read_submission():
-    """Bytes of a submission; None for a link, FIFO, device, folder or gigantic file."""
+def open_submission():
+    """A submission, opened; None for a link, FIFO, device, folder or gigantic file."""
     plain = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with contextlib.suppress(OSError), open("submission.csv", "rb", opener=plain) as file:
-        info = os.fstat(file.fileno())
+    with contextlib.suppress(OSError):
+        info = os.fstat((file := open("submission.csv", "rb", opener=plain)).fileno())
         if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION:
-            return file.read()
+            return file
 
 def kill_user(uid):
     """Kill all processes of a user at one stroke, with ids that no program can signal."""
@@ -612,9 +616,9 @@ def kill_user(uid):
     subprocess.run([sys.executable, "-ISc", code], stderr=subprocess.DEVNULL, cwd="/")
 
 def worker():
-    """A slot's process: takes jobs from stdin, a line of JSON each, until it closes; an empty one
-    kills the program that runs. What a program writes never enters it: the next would find that."""
-    slot, boxed = pathlib.Path.cwd(), False
+    """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers
+    there: it is a socket. An empty line means: kill the program that runs."""
+    slot, channel, boxed = pathlib.Path.cwd(), socket.socket(fileno=0), False
     del sys.path[0]  # this file's folder, in which data and runs may lie: closed to programs
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would let programs reach process 1
@@ -624,12 +628,9 @@ def worker():
         job = types.SimpleNamespace(**json.loads(line))
         try:
             boxed = boxed or not enter_box(job)
-            with new_box(job, slot), tempfile.TemporaryFile(dir=slot) as output:
-                ended = see_out(job, fork(become_program, job, output.fileno()))
-                if os.waitpid(fork(answer, job, slot, output, *ended), 0)[1]:
-                    raise OSError("cannot read what a program left")
+            execute(job, slot, channel)
         except OSError as error:
-            print(json.dumps(dict(outcome="infra", output=str(error))), flush=True)
+            channel.sendall(json.dumps(dict(outcome="infra", output=str(error))).encode())
         if limits != [*map(resource.getrlimit, kinds), os.nice(0)]:
             return  # a program of our own user id changed them
 
@@ -671,7 +672,6 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
             stderr=subprocess.DEVNULL, start_new_session=True)
         uid = 1_900_000_000 + secrets.randbelow(1 << 20) * 100  # nobody's
         self.slots = [types.SimpleNamespace(folder=self.stage / f"slot{k}", uid=uid + k,
-                                            code=self.stage / f"program{k}.py",
                                             process=None, began=None) for k in range(count)]
         self.free = self.slots.copy()
         self.job = dataclasses.asdict(cfg) | dict(secret=secret, public=str(self.stage / "public"))
@@ -706,17 +706,17 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
                         "--unsafe-exec")
 
     def run(self, task, code, **limits):
-        """Execute a program, a second time where it failed by our fault: the fields that `answer`
-        prints. Blocks, so it is for threads."""
+        """Execute a program, a second time where it failed by our fault: what `receive` returns.
+        Blocks, so it is for threads."""
         slot = self.free.pop()
-        job = self.job | dict(task=task, code=str(slot.code), uid=slot.uid) | limits
+        job = self.job | dict(task=task, code=f"{slot.folder}.py", uid=slot.uid) | limits
         for _ in range(2):
             slot.began = time.monotonic()
             try:
-                slot.code.write_bytes(code.encode(errors="replace"))
-                worker = slot.process = slot.process or self.start_worker(slot, job["walls"])
-                print(json.dumps(job), file=worker.stdin, flush=True)
-                result = json.loads(worker.stdout.readline())
+                pathlib.Path(job["code"]).write_bytes(code.encode(errors="replace"))
+                slot.process = slot.process or self.start_worker(slot, job["walls"])
+                slot.channel.sendall(json.dumps(job).encode() + b"\n")
+                result = receive(slot.channel, job["secret"], job["output_kb"] << 10)
             except (OSError, ValueError) as error:
                 result = dict(outcome="infra", output=f"a worker died or did not start ({error})")
             if result["outcome"] != "infra":
@@ -724,7 +724,7 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
             self.hang_up(slot)
         slot.began = None
         self.free.append(slot)
-        return result | dict(submission=base64.b64decode(result.get("submission", "")))
+        return result | dict(output=result["output"].replace(f"{slot.folder}/work/", ""))
 
     def start_worker(self, slot, walls):
         """A worker in a clean environment and perhaps in its own namespaces."""
@@ -734,16 +734,18 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         if "namespaces" in walls:
             unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
             command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
-        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True,
-                                cwd=slot.folder, env=self.env, start_new_session=True)
+        slot.channel, theirs = socket.socketpair()
+        with theirs:
+            return subprocess.Popen(
+                command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                cwd=slot.folder, env=self.env, start_new_session=True)
 
     def hang_up(self, slot):
         """A slot's worker kills its program and ends."""
         process, slot.process = slot.process, None
         if process:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                process.stdin.close()
+                slot.channel.shutdown(socket.SHUT_WR)
                 process.wait(1)
             process.kill()
             process.wait()
@@ -754,8 +756,8 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         """Kill what runs; returns the seconds that each program had run."""
         running = [(slot, began) for slot in self.slots if (began := slot.began)]
         for slot, _ in running:
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # no worker now
-                print(file=slot.process.stdin, flush=True)
+            with contextlib.suppress(OSError, AttributeError):  # no worker now
+                slot.channel.sendall(b"\n")
         return [time.monotonic() - began for _, began in running]
 
     def close(self):
@@ -1281,8 +1283,7 @@ def variance_parts(R, valid):
     return {f"variance_{name}": float(part / (whole or 1.0)) for name, part in parts.items()}
 
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
-    """One line of metrics.jsonl. duration_sampled_mean counts also stale programs and those killed
-    once the batch was full, with the seconds they had run."""
+    """One line of metrics.jsonl; "sampled" durations are also of stale and killed programs."""
     dt = [a.dt for a in batch if a.dt is not None]
     sampled = dt + lost["killed"] + [a.dt for a in lost["stale"] if a.dt is not None]
     G, V = returns[x.mask], x.V[x.mask]
