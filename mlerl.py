@@ -456,6 +456,7 @@ def enter_box(job):
     if "namespaces" in job.walls:
         mount_setattr, recursive, read_only = 442, 0x8000, struct.pack("QQQQ", 1, 0, 0, 0)
         libc("syscall", mount_setattr, -100, b"/", recursive, read_only, 32)
+    weakref.finalize._registry.clear()  # torch's would take each program 25 ms
     gc.freeze()  # the collector must not touch, hence copy, pages that forks share
 
 def drop_rights(job):
@@ -494,9 +495,8 @@ def become_program(job, output):
     os.closerange(3, 1024)  # a fork inherits everything
     if not job.forked:
         os.execv(sys.executable, [sys.executable, "-u", "program.py"])
-    for name in sys.modules.keys() & {"numpy.random", "torch.random"}:
-        sys.modules[name].seed()  # else all forks would draw the same numbers
-    weakref.finalize._registry.clear()  # torch's would take 25 ms
+    for generator in (np.random, getattr(sys.modules.get("torch"), "default_generator", np.random)):
+        generator.seed()  # else all forks would draw the same numbers
     sys.path.insert(0, work)
     sys.argv = ["program.py"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")  # as pickling expects
@@ -521,7 +521,7 @@ def see_out(job, pid):
     """Wait until a program's first process ends or has to; kill and reap all that is left of it."""
     began, ended, why = time.monotonic(), 0, ""
     while ended != pid and not why:
-        if select.select([0], [], [], 0.002)[0]:
+        if select.select([0], [], [], min(max((time.monotonic() - began) / 50, 5e-4), 0.05))[0]:
             why = "cancelled"  # the trainer wants it no more, or is gone
         elif time.monotonic() > began + job.timeout:
             why = "timeout"
@@ -662,9 +662,9 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         super().__init__(count := cfg.workers or CORES)
         threads = str(cfg.threads or max(1, CORES // count))
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
-        self.env = kept | dict(OMP_NUM_THREADS=threads, LANG="C.UTF-8",
+        self.env = kept | dict(OMP_NUM_THREADS=threads, LANG="C.UTF-8", PYTHONMALLOC="malloc",
                                PYTHONHASHSEED="0",  # sets print alike in all workers
-                               GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # forks are faster
+                               GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # so forks are faster
         self.env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
         self.janitor = subprocess.Popen(  # clears up when we end, however we end
