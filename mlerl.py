@@ -561,7 +561,8 @@ def new_box(job, slot):
 
 def execute(job, slot, channel):
     """Run one program in a new work folder; give the trainer what it leaves, open but unread."""
-    with new_box(job, slot), tempfile.TemporaryFile(dir=slot) as output:
+    with new_box(job, slot):
+        output = tempfile.TemporaryFile(dir=slot)
         pid = os.fork()
         if pid == 0:
             try:
@@ -571,7 +572,7 @@ def execute(job, slot, channel):
         result = see_out(job, pid)
         # Whatever this process reads, later programs, its forks, could find in its memory.
         files = [output, *filter(None, [result["exit"] == 0 and open_submission()])]
-        socket.send_fds(channel, [json.dumps(result).encode()], [f.fileno() for f in files])
+    socket.send_fds(channel, [json.dumps(result).encode()], [f.fileno() for f in files])
 
 def receive(channel, secret, limit):
     """What the Attempt is to hold of a program; ValueError if its worker died. No word of output is
@@ -706,8 +707,7 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
                         "--unsafe-exec")
 
     def run(self, task, code, **limits):
-        """Execute a program, a second time where it failed by our fault: what `receive` returns.
-        Blocks, so it is for threads."""
+        """Execute a program, again where it failed by our fault; what `receive` returns. Blocks."""
         slot = self.free.pop()
         job = self.job | dict(task=task, code=f"{slot.folder}.py", uid=slot.uid) | limits
         for _ in range(2):

@@ -2650,7 +2650,7 @@ def test_forked_programs_draw_different_numbers_and_seeded_ones_the_same(real_po
 # --------------------------------------------------------------------------------------------------
 # Attacks: a test for every threat, behind the best walls of this machine, and without namespaces
 # --------------------------------------------------------------------------------------------------
-import base64, contextlib, ctypes, hashlib, secrets, shutil, signal, socket, tempfile, time
+import base64, ctypes, hashlib, secrets, shutil, signal, socket, tempfile, time
 
 ANSWER = "id,label\nTHE-ANSWER,1\n"
 LEVELS = {"best": mlerl.WALLS, "container": [w for w in mlerl.WALLS if "namespaces" not in w]}
@@ -2755,9 +2755,6 @@ def unharmed(request):
     assert not any(slot.began for slot in world.pool.slots)
     for slot in world.pool.slots:
         if slot.process and slot.process.poll() is None:
-            end = time.monotonic() + 10  # the process that answers ends a moment after it has
-            while len(below(slot.process.pid)) > world.has["namespaces"] and time.monotonic() < end:
-                time.sleep(0.05)
             assert len(below(slot.process.pid)) == world.has["namespaces"], "something runs on"
     for r in world.runs(["import os\nprint(open('pizza/prepared/public/train.csv').read(), sorted(os.listdir('.')))\n"
                          "open('submission.csv','w').write('fine')"] * 2):
