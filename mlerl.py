@@ -16,9 +16,9 @@ In shapes, B or b is sequences, T response tokens, L all of theirs, d hidden siz
 """
 from __future__ import annotations
 
-import ast, atexit, base64, collections, concurrent.futures, contextlib, copy, ctypes, dataclasses
+import ast, atexit, collections, concurrent.futures, contextlib, copy, ctypes, dataclasses
 import datetime, fcntl, functools, gc, glob, hashlib, importlib, inspect, io, itertools, json, math
-import os, pathlib, random, re, resource, secrets, select, shutil, signal, stat, struct
+import os, pathlib, random, re, resource, secrets, select, shutil, signal, socket, stat, struct
 import subprocess, sys, tempfile, threading, time, types, weakref
 from typing import Annotated, Literal
 
@@ -456,6 +456,7 @@ def enter_box(job):
     if "namespaces" in job.walls:
         mount_setattr, recursive, read_only = 442, 0x8000, struct.pack("QQQQ", 1, 0, 0, 0)
         libc("syscall", mount_setattr, -100, b"/", recursive, read_only, 32)
+    weakref.finalize._registry.clear()  # torch's would take each program 25 ms
     gc.freeze()  # the collector must not touch, hence copy, pages that forks share
 
 def drop_rights(job):
@@ -477,6 +478,8 @@ def drop_rights(job):
         os.setresgid(*[job.uid] * 3)
         os.setresuid(*[job.uid] * 3)
     if job.walls:
+        with contextlib.suppress(OSError):  # a new keyring (where containers do not forbid it)
+            libc("syscall", 250 if os.uname().machine == "x86_64" else 219, 1, None)
         libc("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
         libc("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: may see its own /proc
 
@@ -492,9 +495,8 @@ def become_program(job, output):
     os.closerange(3, 1024)  # a fork inherits everything
     if not job.forked:
         os.execv(sys.executable, [sys.executable, "-u", "program.py"])
-    for name in sys.modules.keys() & {"numpy.random", "torch.random"}:
-        sys.modules[name].seed()  # else all forks would draw the same numbers
-    weakref.finalize._registry.clear()  # torch's would take 25 ms
+    for generator in (np.random, getattr(sys.modules.get("torch"), "default_generator", np.random)):
+        generator.seed()  # else all forks would draw the same numbers
     sys.path.insert(0, work)
     sys.argv = ["program.py"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")  # as pickling expects
@@ -516,11 +518,10 @@ def become_program(job, output):
     os._exit(status & 255)
 
 def see_out(job, pid):
-    """Wait until a program's first process ends or must end; then kill and reap all that is left:
-    (exit status or None, why, seconds)."""
+    """Wait until a program's first process ends or has to; kill and reap all that is left of it."""
     began, ended, why = time.monotonic(), 0, ""
     while ended != pid and not why:
-        if select.select([0], [], [], 0.002)[0]:
+        if select.select([0], [], [], min(max((time.monotonic() - began) / 50, 5e-4), 0.05))[0]:
             why = "cancelled"  # the trainer wants it no more, or is gone
         elif time.monotonic() > began + job.timeout:
             why = "timeout"
@@ -535,7 +536,7 @@ def see_out(job, pid):
     with contextlib.suppress(ChildProcessError):
         while True:
             os.waitpid(-1, 0)  # orphans are our children, since we are process 1 or a subreaper
-    return None if why else os.waitstatus_to_exitcode(status), why, dt
+    return dict(exit=None if why else os.waitstatus_to_exitcode(status), outcome=why, dt=dt)
 
 @contextlib.contextmanager
 def new_box(job, slot):
@@ -546,7 +547,7 @@ def new_box(job, slot):
              b"mode=1777,size=%dm,nr_inodes=%d" % (job.disk_mb, MAX_FILES))
     (slot / "work/tmp").mkdir(parents=True)
     os.chdir(slot / "work")  # whatever a program puts in its place
-    pathlib.Path("program.py").write_bytes(job.code.encode(errors="replace"))
+    shutil.copyfile(job.code, "program.py")
     pathlib.Path(job.task).symlink_to(pathlib.Path(job.public, job.task))
     for path in (".", "tmp", "program.py") if "user id" in job.walls else ():
         os.chown(path, job.uid, job.uid)
@@ -558,25 +559,40 @@ def new_box(job, slot):
         subprocess.run(["sh", "-c", REMOVE, slot / "work"])
         subprocess.run(["find", "/dev/shm", "-user", str(job.uid), "-delete"])
 
-def execute(job, slot):
-    """Run one program in a new work folder; returns what the Attempt is to hold of it.
-    "ok": ended without error and left a submission, which is in base64. No word of the output is
-    believed: forging one may change the name of a program's failure, never make it a success."""
-    with new_box(job, slot), tempfile.TemporaryFile(dir=slot) as output:
+def execute(job, slot, channel):
+    """Run one program in a new work folder; give the trainer what it leaves, open but unread."""
+    with new_box(job, slot):
+        output = tempfile.TemporaryFile(dir=slot)
         pid = os.fork()
         if pid == 0:
             try:
                 become_program(job, output.fileno())
             finally:
                 os._exit(77)
-        status, why, dt = see_out(job, pid)
-        output.seek(0)
-        text = output.read(FLOOD).decode(errors="replace")
-        text, marks = read_output(text, job.secret, job.output_kb << 10)
-        data = read_submission() if status == 0 else None
-    return dict(outcome=why or name_outcome(status, text, data), exit=status, dt=dt,
-                output=text.replace(f"{slot}/work/", ""), marks=marks,
-                submission=base64.b64encode(data or b"").decode())
+        result = see_out(job, pid)
+        # Whatever this process reads, later programs, its forks, could find in its memory.
+        files = [output, *filter(None, [result["exit"] == 0 and open_submission()])]
+    socket.send_fds(channel, [json.dumps(result).encode()], [f.fileno() for f in files])
+
+def receive(channel, secret, limit):
+    """What the Attempt is to hold of a program; ValueError if its worker died. No word of output is
+    believed: forging one may change the name of a program's failure, never make it a success."""
+    said, fds, *_ = socket.recv_fds(channel, 1 << 16, 2)
+    with contextlib.ExitStack() as stack:
+        files, result = [stack.enter_context(open(fd, "rb")) for fd in fds], json.loads(said)
+        if not files:  # "infra"
+            return result
+        fcntl.fcntl(files[0], fcntl.F_SETFL, 0)  # no O_DIRECT, with which reading would fail
+        text = os.pread(fds[0], FLOOD, 0).decode(errors="replace")
+        data = files[1].read() if len(files) > 1 else None
+    # One behind a quote is only a traceback's view of an inserted line.
+    marks = re.findall(rf"(?<!['\"]){secret} ([^\r\n]{{0,200}})", text)[:64]
+    text = re.sub(f"{secret} ?", "", text)
+    if len(text) > limit:
+        cut = f"\n... {len(text) - limit} characters cut ...\n"
+        text = text[:limit // 2] + cut + text[-limit // 2:]
+    outcome = result["outcome"] or name_outcome(result["exit"], text, data)
+    return result | dict(outcome=outcome, output=text, marks=marks, submission=data or b"")
 
 def name_outcome(status, text, data):
     """A word for how a program ended; for a failure from the traceback at the end of its output."""
@@ -587,45 +603,36 @@ def name_outcome(status, text, data):
     error = (re.findall(r"^([\w.]*(?:Error|Exception|Interrupt))(?::|$)", text, re.M) or [""])[-1]
     return next((word for end, word in FAILURES.items() if error.endswith(end)), "crash")
 
-def read_output(text, secret, limit):
-    """(head and tail of what a program printed, without the secret; the marks in all of it)."""
-    # One behind a quote is only a traceback's view of an inserted line.
-    marks = re.findall(rf"(?<!['\"]){secret} ([^\r\n]{{0,200}})", text)[:64]
-    text = re.sub(f"{secret} ?", "", text)
-    if len(text) > limit:
-        cut = f"\n... {len(text) - limit} characters cut ...\n"
-        text = text[:limit // 2] + cut + text[-limit // 2:]
-    return text, marks
-
-def read_submission():
-    """Bytes of a submission; None for a link, FIFO, device, folder or gigantic file."""
+def open_submission():
+    """A submission, opened; None for a link, FIFO, device, folder or gigantic file."""
     plain = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with contextlib.suppress(OSError), open("submission.csv", "rb", opener=plain) as file:
-        info = os.fstat(file.fileno())
+    with contextlib.suppress(OSError):
+        info = os.fstat((file := open("submission.csv", "rb", opener=plain)).fileno())
         if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MAX_SUBMISSION:
-            return file.read()
+            return file
 
 def kill_user(uid):
-    """Kill all processes of a user at one stroke, with ids that they cannot signal."""
-    code = f"import os; os.setresuid({uid // 2}, {uid}, {uid // 2}); os.kill(-1, 9)"
-    subprocess.run([sys.executable, "-ISc", code], stderr=subprocess.DEVNULL)
+    """Kill all processes of a user at one stroke, with ids that no program can signal."""
+    code = f"import os; os.setresuid({uid - 10**9}, {uid}, {uid - 10**9}); os.kill(-1, 9)"
+    subprocess.run([sys.executable, "-ISc", code], stderr=subprocess.DEVNULL, cwd="/")
 
 def worker():
-    """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers on
-    stdout. An empty line means: kill the program that runs."""
-    slot, boxed = pathlib.Path.cwd(), False
+    """A slot's process: reads jobs from stdin, a line of JSON each, until it closes, and answers
+    there: it is a socket. An empty line means: kill the program that runs."""
+    slot, channel, boxed = pathlib.Path.cwd(), socket.socket(fileno=0), False
     del sys.path[0]  # this file's folder, in which data and runs may lie: closed to programs
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would let programs reach process 1
-    limits = [resource.getrlimit(k) for k in range(9)], os.nice(0)
+    kinds = range(16 if sys.platform == "linux" else 9)
+    limits = [*map(resource.getrlimit, kinds), os.nice(0)]
     for line in filter(bytes.strip, sys.stdin.buffer):
         job = types.SimpleNamespace(**json.loads(line))
         try:
             boxed = boxed or not enter_box(job)
-            print(json.dumps(execute(job, slot)), flush=True)  # kept nowhere: the next forks
+            execute(job, slot, channel)
         except OSError as error:
-            print(json.dumps(dict(outcome="infra", output=str(error))), flush=True)
-        if limits != ([resource.getrlimit(k) for k in range(9)], os.nice(0)):
+            channel.sendall(json.dumps(dict(outcome="infra", output=str(error))).encode())
+        if limits != [*map(resource.getrlimit, kinds), os.nice(0)]:
             return  # a program of our own user id changed them
 
 PROBE = """
@@ -635,7 +642,8 @@ for claim, attacks in [
         ("the trainer", [(os.kill, {pid}, 0), (open, "/proc/{pid}/environ"),
                          (resource.prlimit, {pid}, resource.RLIMIT_CORE)]),
         ("files outside its folder", [(os.utime, {stage!r}), *((os.listdir, f) for f in {home!r})]),
-        ("network", [(socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))])]:
+        ("network", [(socket.socket(type=socket.SOCK_DGRAM).sendto, b"", ("127.0.0.1", 9))]),
+        ("a virtual machine's host", [(socket.socket, 40)])]:  # AF_VSOCK
     reached = "out of"
     for act, *arguments in attacks:
         with contextlib.suppress(OSError):
@@ -655,9 +663,9 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         super().__init__(count := cfg.workers or CORES)
         threads = str(cfg.threads or max(1, CORES // count))
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
-        self.env = kept | dict(OMP_NUM_THREADS=threads, LANG="C.UTF-8",
+        self.env = kept | dict(OMP_NUM_THREADS=threads, LANG="C.UTF-8", PYTHONMALLOC="malloc",
                                PYTHONHASHSEED="0",  # sets print alike in all workers
-                               GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # forks are faster
+                               GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # so forks are faster
         self.env |= {} if cfg.program_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         self.stage = pathlib.Path(tempfile.mkdtemp(prefix="mlerl-"))
         self.janitor = subprocess.Popen(  # clears up when we end, however we end
@@ -690,26 +698,25 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
                 return [
                     "forked with the usual imports" if forked else "fresh interpreters",
                     f"walls: {', '.join(walls) or 'none'}", *report,
-                    "NOT limited: memory that their processes share, or hold together",
-                    *["NOT limited: the number of their files"] * ("namespaces" not in walls),
-                    *["NOT limited: the number of their processes"] * (
-                        not os.getuid() and "user id" not in walls)]
+                    "NOT limited: memory that their processes share, or hold together"
+                    + ", number of files" * ("namespaces" not in walls)
+                    + ", number of processes" * (not os.getuid() and "user id" not in walls)]
             self.hang_up(self.free[-1])  # the worker is behind these walls for good
         raise UserError(f"programs cannot run safely here ({result['outcome']}: "
                         f"{result['output'][-200:]}): see README's table, or accept the risk with "
                         "--unsafe-exec")
 
     def run(self, task, code, **limits):
-        """Execute a program, a second time where it failed by our fault: the fields that `execute`
-        returns. Blocks, so it is for threads."""
+        """Execute a program, again where it failed by our fault; what `receive` returns. Blocks."""
         slot = self.free.pop()
-        job = self.job | dict(task=task, code=code, uid=slot.uid) | limits
+        job = self.job | dict(task=task, code=f"{slot.folder}.py", uid=slot.uid) | limits
         for _ in range(2):
             slot.began = time.monotonic()
             try:
-                worker = slot.process = slot.process or self.start_worker(slot, job["walls"])
-                print(json.dumps(job), file=worker.stdin, flush=True)
-                result = json.loads(worker.stdout.readline())
+                pathlib.Path(job["code"]).write_bytes(code.encode(errors="replace"))
+                slot.process = slot.process or self.start_worker(slot, job["walls"])
+                slot.channel.sendall(json.dumps(job).encode() + b"\n")
+                result = receive(slot.channel, job["secret"], job["output_kb"] << 10)
             except (OSError, ValueError) as error:
                 result = dict(outcome="infra", output=f"a worker died or did not start ({error})")
             if result["outcome"] != "infra":
@@ -717,7 +724,7 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
             self.hang_up(slot)
         slot.began = None
         self.free.append(slot)
-        return result | dict(submission=base64.b64decode(result.get("submission", "")))
+        return result | dict(output=result["output"].replace(f"{slot.folder}/work/", ""))
 
     def start_worker(self, slot, walls):
         """A worker in a clean environment and perhaps in its own namespaces."""
@@ -727,16 +734,18 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         if "namespaces" in walls:
             unshare = "unshare --pid --fork --kill-child --net --ipc --mount --mount-proc".split()
             command = unshare + ["--map-root-user"] * ("user id" not in walls) + command
-        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True,
-                                cwd=slot.folder, env=self.env, start_new_session=True)
+        slot.channel, theirs = socket.socketpair()
+        with theirs:
+            return subprocess.Popen(
+                command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                cwd=slot.folder, env=self.env, start_new_session=True)
 
     def hang_up(self, slot):
         """A slot's worker kills its program and ends."""
         process, slot.process = slot.process, None
         if process:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                process.stdin.close()
+                slot.channel.shutdown(socket.SHUT_WR)
                 process.wait(1)
             process.kill()
             process.wait()
@@ -747,8 +756,8 @@ class Pool(concurrent.futures.ThreadPoolExecutor):  # a thread a slot
         """Kill what runs; returns the seconds that each program had run."""
         running = [(slot, began) for slot in self.slots if (began := slot.began)]
         for slot, _ in running:
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # no worker now
-                print(file=slot.process.stdin, flush=True)
+            with contextlib.suppress(OSError, AttributeError):  # no worker now
+                slot.channel.sendall(b"\n")
         return [time.monotonic() - began for _, began in running]
 
     def close(self):
@@ -1180,7 +1189,8 @@ class Run:
         with grade.blame(UserError, f"{cfg.run} is in use: wait, or give another --run"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         new, path = dataclasses.asdict(cfg), self.folder / "config.json"
-        old = read_json(path) if path.exists() else new
+        with grade.blame(UserError, f"{path} is not valid JSON; mend it or move it away"):
+            old = json.loads(path.read_text()) if path.exists() else new
         if changed := [k for k in new if k not in FREE and old.get(k) != new[k]]:
             raise UserError(f"{cfg.run} differs in {', '.join(changed)}: keep it, or a new --run")
         write(path, new)
@@ -1262,14 +1272,7 @@ def save_policy(folder, lm, tokenizer):
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
 
-def read_json(path):
-    """Parse a JSON file. Raises UserError."""
-    with grade.blame(UserError, f"{path} is not valid JSON; mend it or move it away"):
-        return json.loads(path.read_text())
-
 # §13 Metrics and figures (Fig. 1, 2, 7-10) --------------------------------------------------------
-EDGES = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e9)  # seconds, of the histograms of durations
-
 def variance_parts(R, valid):
     """Shares of Var(R), by the law of total variance, that come from: being valid or not, the
     milestones of failures, the scores of valid programs. R (B,), valid (B,) bool."""
@@ -1280,8 +1283,7 @@ def variance_parts(R, valid):
     return {f"variance_{name}": float(part / (whole or 1.0)) for name, part in parts.items()}
 
 def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
-    """One line of metrics.jsonl. `durations` are of consumed programs, `durations_sampled` also of
-    stale ones and those killed once the batch was full, which count the seconds they had run."""
+    """One line of metrics.jsonl; "sampled" durations are also of stale and killed programs."""
     dt = [a.dt for a in batch if a.dt is not None]
     sampled = dt + lost["killed"] + [a.dt for a in lost["stale"] if a.dt is not None]
     G, V = returns[x.mask], x.V[x.mask]
@@ -1291,8 +1293,6 @@ def iteration_metrics(i, batch, lost, x, w, returns, stats, env):
         valid_share=mean(a.valid for a in batch),
         valid_score_mean=mean(a.score for a in batch if a.valid),
         duration_mean=mean(dt), duration_sampled_mean=mean(sampled),
-        durations=np.histogram(dt, EDGES)[0].tolist(),
-        durations_sampled=np.histogram(sampled, EDGES)[0].tolist(),
         weight_max=float(w.max()), ess=float(w.sum() ** 2 / (w ** 2).sum()),
         kl=float((x.logp_old - x.logp_ref)[x.mask].mean()), **stats,
         explained_variance=float(1 - (G - V).var() / G.var().clamp(min=1e-12)),
@@ -1309,11 +1309,12 @@ def plot(folder):
     import matplotlib.pyplot
     matplotlib.use("Agg")
     path = folder / "evaluation.json"
-    with grade.blame(UserError, f"{folder}/metrics.jsonl has nothing to draw yet, or is damaged"):
+    with grade.blame(UserError, f"{folder} has nothing to draw yet, or a file there is damaged"):
         text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # the rest is half a line
         table = pd.read_json(io.StringIO(text), lines=True)
         table["hours"] = table["wall_s"] / 3600
-    untrained = read_json(path).get("untrained", {}) if path.exists() else {}
+        task = json.loads((folder / "config.json").read_text())["task"]
+        untrained = json.loads(path.read_text() if path.exists() else "{}").get("untrained", {})
     figure, axes = matplotlib.pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for axis, (title, names, before) in zip(axes.flat, (
             ("Best score so far (Fig. 1, 7)", "best_score", "best"),
@@ -1327,8 +1328,7 @@ def plot(folder):
         if untrained.get(before) is not None:
             axis.axhline(untrained[before], color="gray", ls=":", label="untrained policy")
         axis.legend()
-    figure.suptitle(read_json(folder / "config.json")["task"]
-                    + " - STAND-IN data, not comparable" * bool(table["standin"].any()))
+    figure.suptitle(task + " - STAND-IN data, not comparable" * bool(table["standin"].any()))
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(folder / "figures" / "training.png", dpi=110)
 
