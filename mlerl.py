@@ -1159,13 +1159,12 @@ def write_evaluation(D, run):
             best=top, medal=None if top is None or task["standin"] else grade.medal(task, top),
             executions=run.executions, paper=task["paper"], standin=task["standin"],
             report_fold=run.cfg.report_fold, prompts_skipped=run.skipped)
-        others = {f"paper: {who}": {"best": score and score[0]}
+        known = {f"paper: {who}": {"best": score and score[0]}
                   for who, score in task["paper"].get("Table 1", {}).items()}
-        others |= {f"MLE-bench: {k}": {"best": task[k]}
-                   for k in ("gold", "silver", "bronze", "median")}
+        known |= {f"MLE-bench: {k}": {"best": task[k]} for k in "gold silver bronze median".split()}
         print(f"\n{name}, medal: {records[name]['medal']}"
               + " - STAND-IN data, scores are not comparable" * task["standin"])
-        print(pd.DataFrame(parts | others).T.to_string(float_format="{:.4g}".format, na_rep=""))
+        print(pd.DataFrame(parts | known).T.to_string(float_format="{:.4g}".format, na_rep=""))
     write(run.folder / "evaluation.json", records if len(D) > 1 else records[name])
 
 # §12 Run folder, checkpoint, resume ---------------------------------------------------------------
@@ -1382,10 +1381,9 @@ def tiny_policy(cfg, D):
         pairs = [p for task in D.values() for p in prompts.corpus(task, 6000 // len(D), cfg.seed)]
         tokenizer = tiny_tokenizer(pairs)
         lm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=336, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id))
+            hidden_size=128, intermediate_size=336, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=4, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer), bos_token_id=None, pad_token_id=tokenizer.pad_token_id))
         torch.set_num_threads(max(1, min(4, CORES) - int(os.getloadavg()[0])))  # those that idle
         supervised(lm, tokenizer, pairs, cfg)
         save_policy(folder, lm, tokenizer)
@@ -1483,6 +1481,8 @@ def main(argv):
         D = [grade.open_task(name.strip(), cfg.data_dir, cfg.raw or None, cfg.report_fold, cfg.seed)
              for name in (grade.load_tasks() if cfg.task == "all" else cfg.task.split(","))]
         (run_program if cfg.program else run_training)(cfg, {task["name"]: task for task in D})
+        if WORLD > 1:  # else its threads abort one in thirty processes at their exit
+            torch.distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -978,6 +978,8 @@ def replay(policy, found, changes):
     shares = {p.numel() for p in map(lambda p: p.to_local() if mlerl.WORLD > 1 else p, learner.actor.parameters())}
     if mlerl.RANK == 0:
         torch.save(dict(models=models, stats=stats, held=sum(shares)), found)
+    if mlerl.WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 def torchrun(n, *argv, **environment):
@@ -1026,13 +1028,22 @@ def short_wording(wording, *parts, short=True):
 
 
 def whole_command(argv):
-    """main() in a process of torchrun, with FakePool."""
+    """main() in a process of torchrun, with FakePool; fails if it ends well and still in a group."""
     mlerl.Pool, mlerl.HFSampler = FakePool, Translated
     prompts.importable, prompts.snippet = lambda *a, **k: ["pandas"], lambda task, width: "row"
     for name in ("solve", "improve"):
         setattr(prompts, name, functools.partial(short_wording, getattr(prompts, name)))
     grade.ensure_data = lambda *a, **k: True
-    sys.exit(mlerl.main(argv))
+    sys.exit(mlerl.main(argv) or torch.distributed.is_initialized())
+
+
+def test_two_processes_leave_their_group_before_they_end(data, tmp_path):
+    """Else threads of the group abort a process now and then at its exit, and torchrun then the others."""
+    (tmp_path / "program.py").write_text("print(1)")
+    done = torchrun(2, "test_mlerl.py", "whole_command", "--preset", "tiny", "--data-dir", data, "--mode", "run",
+                    "--program", tmp_path / "program.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["reward"] is not None
 
 
 def test_a_run_on_two_processes_of_which_one_dies_goes_on_alone(data, policy, tmp_path):
