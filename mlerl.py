@@ -1475,14 +1475,14 @@ def main(argv):
     try:
         cfg = parse(argv)
         if cfg.mode == "plot":
-            plot(pathlib.Path(cfg.run))
-            return 0
+            return plot(pathlib.Path(cfg.run)) or 0
         import_torch()
         D = [grade.open_task(name.strip(), cfg.data_dir, cfg.raw or None, cfg.report_fold, cfg.seed)
              for name in (grade.load_tasks() if cfg.task == "all" else cfg.task.split(","))]
         (run_program if cfg.program else run_training)(cfg, {task["name"]: task for task in D})
-        if WORLD > 1:  # else its threads abort one in thirty processes at their exit
+        if WORLD > 1:
             torch.distributed.destroy_process_group()
+            time.sleep(1)  # gloo's threads live on: none may free tensors while Python ends
         return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)

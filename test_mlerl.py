@@ -22,6 +22,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -978,8 +979,9 @@ def replay(policy, found, changes):
     shares = {p.numel() for p in map(lambda p: p.to_local() if mlerl.WORLD > 1 else p, learner.actor.parameters())}
     if mlerl.RANK == 0:
         torch.save(dict(models=models, stats=stats, held=sum(shares)), found)
-    if mlerl.WORLD > 1:
+    if mlerl.WORLD > 1:  # as `main` does
         torch.distributed.destroy_process_group()
+        time.sleep(1)
 
 
 def torchrun(n, *argv, **environment):
@@ -2663,7 +2665,7 @@ def test_forked_programs_draw_different_numbers_and_seeded_ones_the_same(real_po
 # --------------------------------------------------------------------------------------------------
 # Attacks: a test for every threat, behind the best walls of this machine, and without namespaces
 # --------------------------------------------------------------------------------------------------
-import base64, ctypes, hashlib, secrets, shutil, socket, tempfile, time
+import base64, ctypes, hashlib, secrets, shutil, socket, tempfile
 
 ANSWER = "id,label\nTHE-ANSWER,1\n"
 LEVELS = {"best": mlerl.WALLS, "container": [w for w in mlerl.WALLS if "namespaces" not in w]}
