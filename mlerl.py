@@ -518,7 +518,7 @@ def become_program(job, output):
     os._exit(status & 255)
 
 def see_out(job, pid):
-    """Wait until a program's first process ends or has to; kill and reap all that is left of it."""
+    """Wait until a program ends or has to, kill and reap all it leaves; its exit, outcome, dt."""
     began, ended, why = time.monotonic(), 0, ""
     while ended != pid and not why:
         if select.select([0], [], [], min(max((time.monotonic() - began) / 50, 5e-4), 0.05))[0]:
@@ -1160,7 +1160,7 @@ def write_evaluation(D, run):
             executions=run.executions, paper=task["paper"], standin=task["standin"],
             report_fold=run.cfg.report_fold, prompts_skipped=run.skipped)
         known = {f"paper: {who}": {"best": score and score[0]}
-                  for who, score in task["paper"].get("Table 1", {}).items()}
+                 for who, score in task["paper"].get("Table 1", {}).items()}
         known |= {f"MLE-bench: {k}": {"best": task[k]} for k in "gold silver bronze median".split()}
         print(f"\n{name}, medal: {records[name]['medal']}"
               + " - STAND-IN data, scores are not comparable" * task["standin"])
